@@ -108,35 +108,39 @@ def closing_report(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) ->
     return "\n".join(lines)
 
 
-def evaluate_runs(folders: list[str], checkpoint: str, overrides: dict, out: Path) -> str:
-    """The table of base and runs; all generations go to out/eval.jsonl, the table to out/eval.md."""
-    configs = {folder: sd.Config(**sd.load_checkpoint(Path(folder) / checkpoint)["config"]) for folder in folders}
-    first = configs[folders[0]]
-    for folder, cfg in configs.items():
+def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
+    """(config, adapters) of a run folder."""
+    state = sd.load_checkpoint(Path(folder) / checkpoint)
+    return sd.Config(**state["config"]), state["adapters"]
+
+
+def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, samples: int | None, out: Path) -> str:
+    """The table of the base and the runs; all generations go to out/eval.jsonl, the table to out/eval.md."""
+    runs = {folder: load_run(folder, checkpoint) for folder in folders}
+    base = runs[folders[0]][0]
+    for folder, (cfg, _) in runs.items():
         for name in ("model", "data", "prompts", "test_problems", "validation_problems", "temperature", "max_new_tokens"):
-            if getattr(cfg, name) != getattr(first, name):
-                raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}; only runs from one base can share a table")
-    world = sd.open_world(first)
+            if getattr(cfg, name) != getattr(base, name):
+                raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
+    base = sd.replace(base, eval_samples=samples or base.eval_samples)
+    problems = sd.load_problems(base, sd.load_model(base.model, base.dtype, base.device)).test[:count]
     attempts = {}
     for name in ["base", *folders]:
-        cfg = sd.replace(configs.get(name, first), **{k: v for k, v in overrides.items() if k == "eval_samples"})
-        problems = world.test[: overrides.get("problems", len(world.test))]
-        if name == "base":
-            attempts[name] = evaluate(world.chat, problems, cfg)
-            continue
-        chat = sd.open_world(cfg).chat
-        sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-        sd.load_adapters(chat.model, sd.load_checkpoint(Path(name) / checkpoint)["adapters"])
-        attempts[name] = evaluate(chat, problems, cfg)
+        chat = sd.load_model(base.model, base.dtype, base.device)
+        if name != "base":
+            cfg, adapters = runs[name]
+            sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+            sd.load_adapters(chat.model, adapters)
+        attempts[name] = evaluate(chat, problems, base)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "eval.jsonl", "w") as file:
+    with open(out / "eval.jsonl", "w", encoding="utf-8") as file:
         for name, rows in attempts.items():
             for problem, own in zip(problems, rows):
                 for a in own:
                     file.write(json.dumps({"run": name, "problem": problem.question, "wanted": problem.answer, **a}) + "\n")
-    text = f"{len(problems)} held-out problems × {cfg.eval_samples} attempts, {checkpoint}, seed {SEED}; 95 % bootstrap intervals over problems\n\n"
-    text += table({Path(name).name: scores(rows) for name, rows in attempts.items()}, cfg.eval_samples) + "\n"
-    (out / "eval.md").write_text(text)
+    text = f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {SEED}; 95 % bootstrap intervals over problems\n\n"
+    text += table({Path(name).name: scores(rows) for name, rows in attempts.items()}, base.eval_samples) + "\n"
+    (out / "eval.md").write_text(text, "utf-8")
     return text
 
 
@@ -144,15 +148,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders written by sd.py")
     parser.add_argument("--checkpoint", default="checkpoint.pt", help="file in each run folder: checkpoint.pt (last) or best.pt")
-    parser.add_argument("--samples", type=int, default=argparse.SUPPRESS, dest="eval_samples", help="attempts a problem, k [the run's --eval-samples]")
-    parser.add_argument("--problems", type=int, default=argparse.SUPPRESS, help="use the first so many test problems [all]")
+    parser.add_argument("--samples", type=int, help="attempts a problem, k [the run's --eval-samples]")
+    parser.add_argument("--problems", type=int, help="use the first so many test problems [all]")
     parser.add_argument("--out", help="folder for eval.md and eval.jsonl [the first run's parent]")
-    args = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        runs, out = args.pop("runs"), args.pop("out")
-        print(evaluate_runs(runs, args.pop("checkpoint"), args, Path(out or Path(runs[0]).parent)))
+        out = Path(args.out or Path(args.runs[0]).parent)
+        print(evaluate_runs(args.runs, args.checkpoint, args.problems, args.samples, out))
         return 0
     except sd.Refusal as refusal:
         print(f"eval.py: {refusal}", file=sys.stderr)
