@@ -48,12 +48,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import huggingface_hub
 import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -165,6 +165,8 @@ def read_row(row: object) -> Problem:
         if "####" not in texts[1]:
             raise ValueError("field 'answer' has no '#### ANSWER' at its end, and there is no field 'problem'")
         texts.append(texts[1].rpartition("####")[2].strip())
+        if not texts[2]:
+            raise ValueError("field 'answer' has nothing after its '####'")
     return Problem(*texts)
 
 
@@ -179,7 +181,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     if text.lstrip().startswith("["):
         try:
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refusal(f"{path}: not JSON ({error}); is the file cut off?") from None
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -198,10 +200,23 @@ def find_data(name: str) -> Path:
         return Path(name)
     owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
     try:
-        return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
+        offline = not hub_answers()
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset", local_files_only=offline))
     except Exception as error:  # the hub's client raises a dozen unrelated types, which mean the same to the user
-        kind = type(error).__name__
-        raise Refusal(f"cannot fetch {name} ({kind}); give --data a local .jsonl file, or --preset toy") from None
+        reason = "the hub does not answer" if offline else type(error).__name__
+        raise Refusal(f"cannot fetch {name} ({reason}); give --data a local .jsonl file, or --preset toy") from None
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Asked once, so that a machine without a hub hears so at once and not after the client's many retries."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def normalise(text: str) -> str:
@@ -422,12 +437,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
     name = str(toy_world()) if name == "toy" else name
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    offline = not os.path.isdir(name) and not hub_answers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), local_files_only=offline
+        ).to(device)
     except Exception as error:  # OSError, ValueError, network errors: all say that there is no such model here
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:150]
-        raise Refusal(f"cannot load model {name}: {reason} Give a local folder, or --preset toy") from None
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
+        reason = "there is no such folder, and the hub does not answer" if offline else reason
+        raise Refusal(f"cannot load model {name} ({reason}); give a local folder, or --preset toy") from None
     if not tokenizer.chat_template:
         raise Refusal(f"{name} has no chat template; choose an instruction-tuned model")
     stops = [c.eos_token_id for c in (tokenizer, model.config, model.generation_config) if c is not None]

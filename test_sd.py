@@ -1,0 +1,946 @@
+"""Each test's docstring names the bug that would make it fail; numbers in brackets are the traps that others fell into."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import critic_prompts
+import eval as evaluation
+import sd
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+def tiny_model(**changes):
+    """A random Qwen3 of a few thousand parameters whose distributions are far from uniform."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    tokenizer = sd.toy_tokenizer()
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.4,
+        eos_token_id=0, pad_token_id=0, bos_token_id=None, **{**shape, **changes},
+    )  # fmt: skip
+    return transformers.Qwen3ForCausalLM(config), tokenizer
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A chat model folder as any other, and problems beside it."""
+    path = tmp_path_factory.mktemp("tiny")
+    model, tokenizer = tiny_model()
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1  # a hub model's sampling defaults, which must not reach our sampler
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    language = critic_prompts.ToyLanguage(seed=1)
+    (path / "problems.jsonl").write_text("".join(json.dumps(language.row()) + "\n" for _ in range(60)))
+    return path
+
+
+@pytest.fixture
+def chat(folder):
+    return sd.load_model(str(folder))
+
+
+def config(**changes) -> sd.Config:
+    base = dict(sd.PRESETS["toy"], lora_rank=4, max_new_tokens=12, lr=1e-2, micro_batch=2, kl_chunk=5, temperature=0.8)
+    return sd.Config(**{**base, **changes})
+
+
+def rollouts_of(chat, cfg, n=5, seed=0) -> list[sd.Rollout]:
+    """n rollouts with contexts and advantages, packed for cfg's condition."""
+    language = critic_prompts.ToyLanguage(seed)
+    problems = [sd.read_row(language.row()) for _ in range(n)]
+    rollouts = sd.attempt(chat, problems, cfg, torch.Generator().manual_seed(seed))
+    for i, r in enumerate(rollouts):
+        r.context, r.advantage = r.problem.solution, (-1.0) ** i * (i + 1)
+    return sd.pack(chat, rollouts, cfg)
+
+
+def adapt(chat, cfg, noise=0.0):
+    """Adapters on; with noise, B is no longer zero, so that student and teacher differ."""
+    sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    torch.manual_seed(1)
+    for layer in chat.model.modules():
+        if isinstance(layer, sd.LoRALinear) and noise:
+            torch.nn.init.normal_(layer.B, std=noise)
+    return chat
+
+
+def gradients(chat, rollouts, cfg) -> dict[str, torch.Tensor]:
+    chat.model.train()
+    chat.model.zero_grad()
+    total = sum(len(r.sample.ids) for r in rollouts)
+    for start in range(0, len(rollouts), cfg.micro_batch):
+        sd.micro_loss(chat, rollouts[start : start + cfg.micro_batch], total, cfg)[0].backward()
+    return {name: p.grad.clone() for name, p in sd.adapters(chat.model).items()}
+
+
+def assert_same(a: dict, b: dict, **tolerance):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+# ---- loss
+
+
+@pytest.mark.parametrize("kl, value, gradient", [
+    ("student||teacher", 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.75 * 0.25 * math.log(3)),
+    ("teacher||student", 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), 0.75 - 0.5),
+])  # fmt: skip
+def test_divergences_equal_numbers_worked_by_hand(kl, value, gradient):
+    """p = (3/4, 1/4), q = (1/2, 1/2). Fails if the two directions are exchanged (6)."""
+    z_p = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64, requires_grad=True)
+    got = sd.kl_naive(z_p, torch.zeros(1, 2, dtype=torch.float64), kl, 1.0)
+    got.sum().backward()
+    assert got.item() == pytest.approx(value) and z_p.grad[0, 0].item() == pytest.approx(gradient)
+
+
+def heads(n=13, d=8, v=31, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    return make(n, d), make(n, d), make(v, d)
+
+
+@pytest.mark.parametrize("kl", list(sd.KL))
+@pytest.mark.parametrize("temperature, chunk, n", [(1.0, 4, 13), (0.7, 5, 13), (1.6, 100, 13), (1.1, 1, 3), (1.0, 4, 0)])
+def test_fused_kl_equals_the_naive_form(kl, temperature, chunk, n):
+    """Value, per-row value and gradient, with zero-weight rows. Fails if the fused copy forgets the temperature, a row's
+    weight, the last odd chunk, or the empty batch (7)."""
+    h_student, h_teacher, head = heads(n)
+    h_student.requires_grad_(True)
+    weight = torch.linspace(-1, 2, n, dtype=torch.float64).clamp(min=0)
+    per_row = sd.kl_naive(h_student @ head.T, h_teacher @ head.T, kl, temperature)
+    (3 * (weight * per_row).sum()).backward()
+    wanted, h_student.grad = h_student.grad, None
+    loss, rows = sd.fused_kl(h_student, h_teacher, head, weight, kl=kl, temperature=temperature, chunk=chunk)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss, (weight * per_row).sum())
+    torch.testing.assert_close(rows, per_row.float().detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(h_student.grad, wanted)
+    assert not rows.requires_grad and rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature, chunk, n", [(1.0, 4, 13), (0.7, 5, 13), (1.3, 100, 13), (1.0, 4, 0)])
+def test_fused_logprob_equals_log_softmax(temperature, chunk, n):
+    """Fails if the gradient drops the drawn token's own row of the head, or the temperature (7)."""
+    h, _, head = heads(n)
+    h.requires_grad_(True)
+    ids = torch.arange(n) % len(head)
+    wanted = F.log_softmax(h @ head.T / temperature, -1).gather(1, ids[:, None])[:, 0]
+    weight = torch.linspace(-1, 1, n, dtype=torch.float64)
+    (weight * wanted).sum().backward()
+    gradient, h.grad = h.grad, None
+    got = sd.fused_logprob(h, head, ids, temperature=temperature, chunk=chunk)
+    (weight * got).sum().backward()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(h.grad, gradient)
+
+
+def test_sampled_token_form_has_the_gradient_of_kl_student_teacher_in_expectation():
+    """Summed over the vocabulary with weights p. Fails if the advantage is not detached (8): its sign would flip."""
+    h, h_teacher, head = heads(n=1, v=11)
+    h = h.requires_grad_(True)
+    sd.kl_naive(h @ head.T, h_teacher @ head.T, "student||teacher", 0.9).sum().backward()
+    exact, h.grad = h.grad, None
+    every = torch.arange(len(head))
+    log_p = sd.fused_logprob(h.expand(len(head), -1), head, every, temperature=0.9, chunk=4)
+    log_q = sd.fused_logprob(h_teacher.expand(len(head), -1), head, every, temperature=0.9, chunk=4)
+    a = log_q - log_p.detach()
+    (-(log_p.detach().exp() * a * log_p).sum()).backward()
+    torch.testing.assert_close(h.grad, exact)
+
+
+@pytest.mark.parametrize("kl", list(sd.KL))
+def test_small_divergences_survive_bfloat16_and_a_large_vocabulary(kl):
+    """Fails if the softmax runs in bfloat16: over 50,000 tokens it makes small divergences wrong and negative (27)."""
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(50_000, 32, generator=g).bfloat16()
+    h_student = torch.randn(6, 32, generator=g).bfloat16().requires_grad_(True)
+    h_teacher = (h_student.detach() * 1.02).bfloat16()
+    exact = sd.kl_naive(F.linear(h_student, head).double(), F.linear(h_teacher, head).double(), kl, 1.0)
+    loss, rows = sd.fused_kl(h_student, h_teacher, head, torch.ones(6), kl=kl, temperature=1.0, chunk=4)
+    loss.backward()
+    assert (rows > 0).all() and h_student.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(rows.double(), exact.detach(), rtol=0.01, atol=1e-5)
+
+
+class Watch(TorchDispatchMode):
+    """Counts matmuls and remembers the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.matmuls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.matmuls += op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.largest = max(self.largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("kl", list(sd.KL))
+def test_fused_kl_makes_no_n_by_v_tensor_and_no_extra_matmul(kl):
+    """Fails if the chunks are concatenated, or if logits are made a second time in the backward."""
+    h_student, h_teacher, head = heads(n=40, v=300, dtype=torch.float32)
+    with Watch() as watch:
+        loss, _ = sd.fused_kl(h_student.requires_grad_(True), h_teacher, head, torch.ones(40), kl=kl, temperature=1.0, chunk=8)
+        loss.backward()
+    assert watch.largest == 8 * 300 and watch.matmuls == 3 * 5
+
+
+def test_unknown_divergence_is_an_error():
+    """Fails if a misspelt kl silently means one of the two."""
+    h, _, head = heads()
+    with pytest.raises(ValueError, match="student||teacher"):
+        sd.fused_kl(h, h, head, torch.ones(len(h)), kl="forward", temperature=1.0, chunk=4)
+    with pytest.raises(ValueError):
+        sd.kl_naive(h, h, "reverse", 1.0)
+
+
+# ---- step
+
+FORMS = [("critique", kl) for kl in (*sd.KL, "sampled")] + [("grpo", "student||teacher")]
+
+
+@pytest.mark.parametrize("condition, kl", FORMS)
+def test_gradients_do_not_depend_on_the_micro_batch(chat, condition, kl):
+    """Fails if each micro-batch is divided by its own token count (5)."""
+    cfg = config(condition=condition, kl=kl)
+    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
+    assert len({len(r.sample.ids) for r in rollouts}) > 1  # uneven rows, else the bug would hide
+    whole = gradients(chat, rollouts, replace(cfg, micro_batch=100, kl_chunk=1000))
+    for micro_batch in (1, 2):
+        assert_same(gradients(chat, rollouts, replace(cfg, micro_batch=micro_batch)), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("condition, kl", FORMS)
+def test_the_step_equals_a_plain_full_batch_one(chat, condition, kl):
+    """Checkpointing, micro-batches of 1, chunks and hand-written gradients against a loop over rows in plain autograd.
+    Fails if checkpointing recomputes without the adapter or is reentrant (13), or a target is off by one."""
+    cfg = config(condition=condition, kl=kl, micro_batch=1)
+    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
+    chat.model.activation_checkpointing_enable({"use_reentrant": False})
+    got = gradients(chat, rollouts, cfg)
+    chat.model.gradient_checkpointing_disable()
+    chat.model.zero_grad()
+    loss, total = 0.0, sum(len(r.sample.ids) for r in rollouts)
+    for r in rollouts:
+        n, ids = len(r.sample.ids), torch.tensor(r.sample.ids)
+        logits = lambda prompt: chat.model(input_ids=torch.tensor([prompt + r.sample.ids])).logits[0, -n - 1 : -1]
+        z_p = logits(r.prompt)
+        log_p = F.log_softmax(z_p / cfg.temperature, -1)[torch.arange(n), ids]
+        if condition == "grpo":
+            loss = loss - (r.advantage * log_p).sum() / total
+            continue
+        with torch.no_grad(), sd.adapters_off(chat.model):
+            z_q = logits(r.teacher_prompt)
+        if kl == "sampled":
+            log_q = F.log_softmax(z_q / cfg.temperature, -1)[torch.arange(n), ids]
+            loss = loss - ((log_q - log_p).detach() * log_p).sum() / total
+        else:
+            loss = loss + sd.kl_naive(z_p, z_q, kl, cfg.temperature).sum() / total
+    loss.backward()
+    assert_same(got, {name: p.grad for name, p in sd.adapters(chat.model).items()}, atol=1e-5, rtol=1e-4)
+    assert all(g.abs().sum() > 0 for g in got.values())
+
+
+def test_checkpointing_saves_memory_in_a_training_step(chat):
+    """Fails if the step runs in eval mode, where checkpointing is silently off (14)."""
+    cfg = config()
+    rollouts, saved = rollouts_of(adapt(chat, cfg, noise=0.3), cfg), []
+
+    def saved_bytes():
+        saved.append(0)
+        count = lambda t: saved.__setitem__(-1, saved[-1] + t.numel()) or t
+        chat.model.eval()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0), rollouts, cfg)
+
+    saved_bytes()
+    chat.model.activation_checkpointing_enable({"use_reentrant": False})
+    saved_bytes()
+    assert saved[1] < 0.6 * saved[0]
+
+
+def test_no_tokenizer_is_needed_between_sampler_and_loss(chat):
+    """Fails if a response is decoded and encoded again on its way into the loss (3)."""
+    cfg = config()
+    rollouts = rollouts_of(adapt(chat, cfg), cfg)
+    mute = sd.Chat(chat.model, None, chat.end_ids, chat.window)
+    assert sd.train_step(mute, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.1), rollouts, cfg)["kl"] > 0
+
+
+def test_a_teacher_with_the_students_prompt_has_zero_kl_and_zero_gradient(chat):
+    """Fails if the teacher is not the initial policy at step 0: adapter on, other weights, other positions (12)."""
+    cfg = config(micro_batch=3)
+    rollouts = rollouts_of(adapt(chat, cfg), cfg)
+    context_kl = sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0), rollouts, cfg)["kl"]
+    for r in rollouts:
+        r.teacher_prompt = r.prompt
+    step = sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0), rollouts, cfg)
+    assert step["kl"] == 0.0 and step["grad_norm"] < 1e-6 and context_kl > 0.01
+
+
+def test_adapter_off_is_the_original_bit_for_bit_after_training(chat):
+    """Fails if training touches a frozen weight, or off leaves a part of the adapter on (12)."""
+    cfg = config()
+    ids = torch.arange(20)[None] % 20
+    before = chat.model(input_ids=ids).logits
+    rollouts = rollouts_of(adapt(chat, cfg), cfg)
+    for _ in range(3):
+        sd.train_step(chat, torch.optim.AdamW(sd.adapters(chat.model).values(), lr=0.01), rollouts, cfg)
+    with sd.adapters_off(chat.model):
+        assert torch.equal(chat.model(input_ids=ids).logits, before)
+    assert not torch.equal(chat.model(input_ids=ids).logits, before)
+
+
+def test_adapters_are_float32_on_a_bfloat16_base_and_all_move(folder):
+    """Fails if adapters take the base's dtype: updates of a small lr round away (11)."""
+    chat = sd.load_model(str(folder), dtype="bfloat16")
+    cfg = config(lr=5e-6)
+    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
+    before = {name: p.detach().clone() for name, p in sd.adapters(chat.model).items()}
+    sd.train_step(chat, torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0), rollouts, cfg)
+    after = sd.adapters(chat.model)
+    assert {p.dtype for p in after.values()} == {torch.float32} and chat.head.dtype == torch.bfloat16
+    assert np.mean([(after[name] != before[name]).float().mean().item() for name in before]) > 0.9
+
+
+def test_a_step_without_signal_changes_nothing(chat):
+    """Fails if no scored rollout, or only flat groups, crash the backward or give NaN (16, 17)."""
+    cfg = config(condition="grpo", group_size=2)
+    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg, n=4)
+    for r, advantage in zip(rollouts, sd.group_advantages([1.0, 1.0, 0.0, 0.0], 2)):
+        r.advantage = advantage
+    optimizer = torch.optim.SGD(sd.adapters(chat.model).values(), lr=1.0)
+    before = {name: p.detach().clone() for name, p in sd.adapters(chat.model).items()}
+    assert sd.train_step(chat, optimizer, rollouts, cfg)["grad_norm"] == 0.0
+    assert sd.train_step(chat, optimizer, [], cfg) == {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0}
+    assert_same({k: v.detach() for k, v in sd.adapters(chat.model).items()}, before, atol=0, rtol=0)
+    for r in rollouts:
+        r.reward = 1.0
+    assert sd.measure(rollouts, rollouts, cfg)["zero_variance"] == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(chat):
+    """Fails if the optimiser steps first and the check comes after."""
+    cfg = config()
+    rollouts = rollouts_of(adapt(chat, cfg), cfg)
+    weights = sd.adapters(chat.model)
+    first = next(iter(weights.values()))
+    with torch.no_grad():
+        first.fill_(math.inf)
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    with pytest.raises(FloatingPointError):
+        sd.train_step(chat, torch.optim.AdamW(weights.values(), lr=0.1), rollouts, cfg)
+    assert all(torch.equal(p, before[name]) for name, p in weights.items())
+
+
+def test_group_advantages_equal_numbers_worked_by_hand():
+    """Eq (3). Fails if groups mix, or if std is the sample's (n − 1)."""
+    assert sd.group_advantages([1, 0, 0, 0, 1, 1], 2) == [1, -1, 0, 0, 0, 0]
+    root = math.sqrt(3)
+    assert sd.group_advantages([1, 0, 0, 0], 4) == pytest.approx([root, -1 / root, -1 / root, -1 / root])
+
+
+# ---- sample and pack
+
+
+def test_sampler_draws_from_the_full_softmax_at_the_losss_temperature(chat):
+    """4,000 draws of one token against softmax(logits / T). Fails if top-k or top-p of the model's generation config,
+    or another temperature, shapes the draw (9)."""
+    prompt = chat.encode([critic_prompts.user("7+6*3")])
+    samples = sd.generate(chat, [prompt] * 4000, max_new_tokens=1, temperature=2.0, generator=torch.Generator().manual_seed(0), batch=4000)
+    p = F.softmax(chat.model(input_ids=torch.tensor([prompt])).logits[0, -1].float() / 2.0, -1)
+    counts = torch.bincount(torch.tensor([s.ids[0] for s in samples]), minlength=len(p))
+    assert (counts[p > 0.002] > 0).all()
+    chi = ((counts - 4000 * p) ** 2 / (4000 * p)).sum().item()
+    assert chi < 2.5 * len(p)
+    assert samples[0].entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
+
+
+def test_a_rows_sample_does_not_depend_on_its_neighbours(chat):
+    """Fails if rows share random numbers, padding shifts positions, or a leaving row takes another's cache along."""
+    prompts = [chat.encode([critic_prompts.user(text)]) for text in ("7", "7+6*3*9", "1+4*2", "3*3")]
+    draw = lambda batch: sd.generate(
+        chat, prompts, max_new_tokens=20, temperature=1.0, generator=torch.Generator().manual_seed(3), batch=batch
+    )
+    together = draw(4)
+    assert len({len(s.ids) for s in together}) > 1
+    assert [s.ids for s in together] == [s.ids for s in draw(1)] == [s.ids for s in draw(3)]
+
+
+def test_left_padding_leaves_an_absolute_position_model_unmoved():
+    """Greedy, batched against single, on GPT-2's learned positions. Fails without position ids (10)."""
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5))
+    chat = sd.Chat(gpt2, None, [0], 64)
+    prompts = [[5, 6, 7], [8] * 9, [9, 10]]
+    single = [sd.generate(chat, [p], max_new_tokens=10)[0].ids for p in prompts]
+    assert [s.ids for s in sd.generate(chat, prompts, max_new_tokens=10)] == single
+
+
+def test_greedy_generation_with_the_cache_equals_the_slow_loop_without(chat):
+    """Fails if cached positions are off, or dropout is on while sampling (21)."""
+    adapt(chat, config(), noise=0.3)
+    chat.model.train()
+    ids = chat.encode([critic_prompts.user("7+6*3")])
+    sample = sd.generate(chat, [ids], max_new_tokens=15)[0]
+    slow = list(ids)
+    while len(slow) < len(ids) + 15 and slow[-1:] != [0]:
+        slow.append(chat.model(input_ids=torch.tensor([slow])).logits[0, -1].argmax().item())
+    assert sample.ids == slow[len(ids) :] and not chat.model.training
+
+
+def test_all_end_tokens_stop_a_row_and_a_cut_row_is_marked(chat):
+    """Fails if only one end token stops, the end token is dropped from the response, or a cut row counts as ended."""
+    chat.end_ids = [0, 7, 9]
+    samples = sd.generate(
+        chat, [[1, 5, 2]] * 64, max_new_tokens=6, temperature=2.0, generator=torch.Generator().manual_seed(0)
+    )
+    assert {s.ids[-1] for s in samples if not s.truncated} == {0, 7, 9}
+    assert all(not set(s.ids[:-1]) & {0, 7, 9} for s in samples)
+    assert any(s.truncated for s in samples) and all(len(s.ids) == 6 for s in samples if s.truncated)
+
+
+def test_the_first_end_token_is_scored_and_padding_never(chat):
+    """Padding is the end token. Fails if a mask is made from token values (1), or rows see their padding."""
+    prompts, responses = [[1, 5, 0, 2], [1, 6, 7, 0, 2]], [[8, 0], [9, 10, 11, 12, 0]]
+    hidden = sd.response_hidden(chat, prompts, responses)
+    assert len(hidden) == 7
+    alone = torch.cat([sd.response_hidden(chat, [p], [r]) for p, r in zip(prompts, responses)])
+    torch.testing.assert_close(hidden, alone, atol=1e-5, rtol=1e-5)
+    logits = chat.model(input_ids=torch.tensor([prompts[0] + responses[0]])).logits[0, 3:5]
+    torch.testing.assert_close(hidden[:2] @ chat.head.T, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_student_and_teacher_rows_hold_the_very_ids_that_were_drawn(chat):
+    """Fails if a prompt is rendered twice or a boundary moves (2), or if the headers differ (4)."""
+    cfg = config()
+    for r in rollouts_of(chat, cfg):
+        again = sd.generate(chat, [r.prompt], max_new_tokens=3)
+        assert r.prompt == chat.encode(critic_prompts.FORMATS["toy"].student(r.problem.question))
+        assert r.teacher_prompt[-chat.header_length :] == r.prompt[-chat.header_length :] == [2]
+        assert len(again[0].ids) > 0 and chat.decode(r.teacher_prompt).startswith(r.problem.question)
+
+
+THINKS = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}=={% endif %}{% endif %}"
+
+
+def test_different_generation_headers_are_refused_unless_asked_for(chat):
+    """Fails if a thinking teacher is compared with a silent student without a word (4)."""
+    chat.tokenizer.chat_template = THINKS
+    cfg = config()
+    rollouts = rollouts_of(chat, cfg)
+    assert chat.header_length == 3 and rollouts[0].teacher_prompt[-3:] == rollouts[0].prompt[-3:]
+    thinking = rollouts_of(chat, replace(cfg, teacher_thinking=True))
+    assert thinking[0].teacher_prompt[-1] != thinking[0].prompt[-1]
+    shared = chat.encode
+    chat.encode = lambda messages, thinking=False, header=True: shared(messages, "|" in messages[0]["content"], header)
+    with pytest.raises(AssertionError, match="headers"):
+        rollouts_of(chat, cfg)
+
+
+def test_an_over_long_context_loses_its_middle_only(chat):
+    """Fails if the prompt is cut at its end, header included (18)."""
+    cfg = config(max_prompt_tokens=40)
+    ids = sd.teacher_prompt(chat, "7+6*3", "1" * 30 + "9" * 100 + "2" * 30, cfg)
+    text = chat.tokenizer.decode(ids)
+    assert len(ids) <= 40 and text.startswith("<|user|>7+6*3|111") and text.endswith("222<|end|><|assistant|>")
+    assert sd.teacher_prompt(chat, "7+6*3", "1", cfg) == chat.encode(critic_prompts.FORMATS["toy"].teacher("7+6*3", "1"))
+    assert sd.teacher_prompt(chat, "7" * 50, "1", cfg) is None
+
+
+def test_only_the_credit_signal_differs_between_conditions(chat):
+    """Fails if a condition gets another prompt, sampler or grader than the others (26)."""
+    ids = {condition: [(r.prompt, r.sample.ids, r.reward) for r in rollouts_of(chat, config(condition=condition))] for condition in sd.CONDITIONS}
+    assert ids["critique"] == ids["reference"] == ids["grpo"]
+
+
+# ---- critic
+
+
+def test_a_failed_critique_is_left_out_and_counted(chat):
+    """Fails if an empty, cut, thinking-only or step-less reply reaches the teacher (19)."""
+    good = "s7+6=3s3*3=9####9"
+    replies = [good, "", None, "I cannot help", "####9", "s7+6=3", "<think>s7+6=3####3", f"<think>no</think>{good}"]
+    cfg = config()
+    rollouts = rollouts_of(chat, cfg, n=len(replies))
+    critic = lambda conversations: [sd.Reply(reply, 5) for reply in replies]
+    tokens = sd.write_contexts(rollouts, critic, cfg)
+    scored = sd.pack(chat, rollouts, cfg)
+    assert [r.context for r in rollouts] == [good] + [None] * 6 + [good] and tokens == 40
+    assert len(scored) == 2 and sd.measure(rollouts, scored, cfg)["critic_failed"] == 6
+
+
+def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
+    """Fails if the critic is queried with the adapter on, or a truncated critique is kept."""
+    conversations = [critic_prompts.FORMATS["toy"].critic("7+6", "s7+6=3####3", None)]
+    critic = sd.LocalCritic(chat, 10, 8)
+    before = critic(conversations)
+    adapt(chat, config(), noise=2.0)
+    assert critic(conversations) == before
+    sample = sd.generate(chat, [chat.encode(conversations[0])], max_new_tokens=10)[0]
+    assert sd.LocalCritic(chat, 1, 8)(conversations)[0].text is None and chat.decode(sample.ids) != before[0].text
+    assert sd.LocalCritic(chat, 1000, 8)(conversations) == [sd.Reply(None, 0)]  # does not fit the window
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_who_sees_what(chat, sees):
+    """Fails if a solution reaches the student, the critique's teacher, or a critic that may not see it."""
+    for fmt in critic_prompts.FORMATS.values():
+        student, teacher = fmt.student("QUESTION"), fmt.teacher("QUESTION", "CONTEXT")
+        critic = fmt.critic("QUESTION", "ATTEMPT", "SOLUTION" if sees else None)
+        assert "QUESTION" in str(student) and "QUESTION" in str(teacher) and "CONTEXT" in str(teacher)
+        assert "ATTEMPT" in str(critic) and ("SOLUTION" in str(critic)) == sees and critic[-1]["role"] == "user"
+    heard = []
+    cfg = config(critic_sees_reference=sees)
+    rollouts = rollouts_of(chat, cfg, n=2)
+    sd.query_critic(rollouts, lambda conversations: heard.extend(conversations) or [sd.Reply(None, 0)] * 2, cfg)
+    assert (rollouts[0].problem.solution in str(heard[0])) == sees
+    words = critic_prompts.CRITIC.lower()
+    assert "reference" not in words and "student" not in words
+
+
+class Server(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server whose model name says how it misbehaves."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.calls.append((self.path, body, self.headers.get("Authorization")))
+        how = body["model"]
+        if how == "flaky" and len(self.server.calls) == 1:
+            how = "429"
+        if how == "silent":
+            time.sleep(1.0)
+            return
+        good = {"choices": [{"message": {"content": "<think>hm</think>s1+1=2####2"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
+        good["choices"][0]["finish_reason"] = "length" if how == "cut" else "stop"
+        text = {"garbage": "<html>", "empty": "{}", "null": '{"choices": [{"message": {"content": null}}]}'}.get(how, json.dumps(good))
+        self.send_response(int(how) if how.isdigit() else 200)
+        self.send_header("Content-Length", str(len(text) * (2 if how == "half" else 1)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.calls = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("how, calls, text", [
+    ("good", 1, True), ("flaky", 2, True), ("cut", 1, False), ("null", 1, False), ("400", 1, False), ("404", 1, False),
+    ("500", 3, False), ("429", 3, False), ("garbage", 3, False), ("empty", 3, False), ("half", 3, False), ("silent", 3, False),
+])  # fmt: skip
+def test_http_critic_retries_what_may_pass_and_reports_the_rest_as_failed(server, how, calls, text):
+    """Fails if a 4xx is retried, a 5xx is not, or any reply raises into the training loop."""
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1/"
+    critic = sd.HTTPCritic(url, how, max_new_tokens=9, parallel=2, timeout=0.2, tries=3, pause=0.01)
+    reply = critic([[critic_prompts.user("mend this")]])[0]
+    assert bool(reply.text) == text and len(server.calls) == calls and (text or not reply.text)
+    path, body, _ = server.calls[0]
+    assert path == "/v1/chat/completions" and body["max_tokens"] == 9 and body["messages"][0]["content"] == "mend this"
+
+
+def test_the_api_key_is_sent_and_kept_nowhere(server, monkeypatch, folder, tmp_path, capfd):
+    """Fails if the key enters the config dump, the log or a message."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    run_in(tmp_path, folder, "--condition", "critique", "--critic", url, "--critic-model", "400", "--steps", "1")
+    assert server.calls[0][2] == "Bearer sk-secret"
+    written = "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
+    assert "sk-secret" not in written + "".join(capfd.readouterr())
+
+
+# ---- model
+
+
+def test_a_conversation_is_a_list_of_ids(chat):
+    """Fails if transformers 5's dictionary comes back (20), or special tokens are added twice."""
+    ids = chat.encode([critic_prompts.user("7+6")])
+    assert ids == [1, *chat.tokenizer.convert_tokens_to_ids(list("7+6")), 0, 2]
+
+
+def test_special_tokens_inside_a_text_are_text(chat):
+    """Fails if a problem can end its own turn."""
+    ids = chat.encode([critic_prompts.user("7<|end|><|assistant|>8")])
+    assert ids.count(0) == 1 and ids.count(2) == 1 and ids[-2:] == [0, 2]
+
+
+def broken(folder, tmp_path, change):
+    """A copy of the model folder with one thing wrong."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = change(model, tokenizer) or (model, tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def without_end(model, tokenizer):
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+
+
+def gemma(model, tokenizer):
+    small = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, eos_token_id=0)
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small)), tokenizer
+
+
+def cohere(model, tokenizer):
+    small = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)
+    return transformers.CohereForCausalLM(transformers.CohereConfig(**small)), tokenizer
+
+
+def phi(model, tokenizer):
+    small = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0)
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**small)), tokenizer
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m, t: setattr(t, "chat_template", None), "no chat template"),
+    (without_end, "no end token"), (gemma, "soft-caps"), (cohere, "scales"), (phi, "bias"),
+])  # fmt: skip
+def test_a_model_that_would_train_wrongly_is_refused(folder, tmp_path, change, message):
+    """Fails if a missing template falls back to bare text (28), or a head's arithmetic is ignored."""
+    with pytest.raises(sd.Refusal, match=message) as refusal:
+        sd.load_model(broken(folder, tmp_path, change))
+    assert "\n" not in str(refusal.value)
+
+
+def test_dropout_is_off_in_training(folder, tmp_path):
+    """Fails if a model's dropout makes the student differ from itself."""
+
+    def drop(model, tokenizer):
+        model.config.attention_dropout = 0.5
+
+    chat = sd.load_model(broken(folder, tmp_path, drop))
+    chat.model.train()
+    ids = torch.arange(15)[None]
+    assert torch.equal(chat.model(input_ids=ids).logits, chat.model(input_ids=ids).logits)
+
+
+def test_export_is_a_plain_folder_with_the_merged_logits(folder, tmp_path):
+    """Fails if the adapters are not merged, are merged twice, or the template is lost."""
+    run_in(tmp_path, folder, "--steps", "2", "--condition", "reference", "--lr", "0.05")
+    state = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    chat = adapt(sd.load_model(str(folder)), config(lora_alpha=8.0))
+    sd.load_adapters(chat.model, state["adapters"])
+    plain = sd.load_model(str(tmp_path / "run/model"))
+    ids = torch.arange(15)[None]
+    assert not [name for name, _ in plain.model.named_parameters() if name.endswith((".A", ".B"))]
+    torch.testing.assert_close(plain.model(input_ids=ids).logits, chat.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    assert plain.tokenizer.get_vocab() == chat.tokenizer.get_vocab()
+    assert plain.tokenizer.chat_template == chat.tokenizer.chat_template and plain.end_ids == chat.end_ids
+    assert not torch.equal(plain.model(input_ids=ids).logits, sd.load_model(str(folder)).model(input_ids=ids).logits)
+
+
+# ---- problems and reward
+
+GRADES = [
+    ("<answer>42</answer>", "42", True), ("<answer>41</answer> <answer>42</answer>", "42", True),
+    ("<answer>42</answer> <answer>41</answer>", "42", False), (r"\boxed{1} then \boxed{42}", "42", True),
+    (r"\boxed{42} then \boxed{1}", "42", False), ("#### 42", "42", True), ("x #### 42\nand more", "42", True),
+    ("the answer is 42", "42", False), ("", "42", False), ("<answer></answer>", "42", False),
+    (r"<answer>7</answer> \boxed{42}", "42", False), ("<answer>42", "42", True), ("<answer> 42. </answer>", "42", True),
+    ("<answer>1,234</answer>", "1234", True), ("<answer>12,34</answer>", "1234", False), ("<answer>$5.50</answer>", "5.5", True),
+    ("<answer>0.5</answer>", "1/2", True), (r"\boxed{\frac{1}{2}}", "0.5", True), (r"\boxed{\dfrac{3}{4}}", "3/4", True),
+    ("<answer>-3/4</answer>", "-0.75", True), ("<answer>50%</answer>", "0.5", True), (r"<answer>50\%</answer>", "50%", True),
+    ("<answer>1/0</answer>", "1", False), ("<answer>+7</answer>", "7", True), ("<answer>7.0</answer>", "7", True),
+    ("<answer>3.14</answer>", "3.1415", False), ("<answer>The Red  House</answer>", "the red house", True),
+    ("<answer>x+1</answer>", "x+2", False), (r"\boxed{\text{42}}", "43", False), (r"\boxed{2\text{ cm}}", "2", True),
+    (r"\boxed{a{b}c}", "a{b}c", True), (r"\boxed{42", "42", False), ("<answer>.5</answer>", "0.5", True),
+    ("<answer>1e3</answer>", "1000", False), ("<answer>0x10</answer>", "16", False), ("<answer>²</answer>", "2", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, answer, right", GRADES)
+def test_grader(text, answer, right, monkeypatch):
+    """Fails if the first answer counts instead of the last, or a number is compared as a string (22)."""
+    monkeypatch.setattr(sd, "math_verify", lambda: None)
+    assert sd.is_correct(text, answer) == right
+
+
+@pytest.mark.parametrize("answer", ["9**9**9", "9^{9^{9}}", "1" * 10**7, "<answer>" * 10**6, "{" * 10**7, "\\boxed{" * 10**6,
+                                    "999999999!", "(" * 10**6, "1/" * 10**6, "\\frac{" * 10**6, ",".join(["111"] * 10**6)])  # fmt: skip
+def test_hostile_answers_are_cheap(answer):
+    """Fails if anything is evaluated, or a pattern backtracks. 0.1 s is 100 times what they take."""
+    for text in (answer, f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}", f"#### {answer}"):
+        start = time.process_time()
+        assert not sd.is_correct(text, "42")
+        assert time.process_time() - start < 0.1
+
+
+ROW = '{"problem": "1+1", "solution": "s1+1=2####2", "answer": "2"}'
+BAD_DATA = [
+    ("empty file", b"", "0 distinct"), ("blank lines", b"\n\n \n", "0 distinct"), ("one row", ROW.encode(), "1 distinct"),
+    ("duplicates", (ROW + "\n").encode() * 9, "8 duplicates"), ("case duplicates", (ROW + "\n" + ROW.replace("1+1", "1+1  ")).encode(), "1 duplicates"),
+    ("cut json", b'{"problem": "1', "line 1: is not JSON"), ("cut array", f"[{ROW}, ".encode(), "cut off"), ("array of numbers", b"[1, 2]", "row 1: is not a JSON object"),
+    ("not utf-8", b"\xff\xfe{}", "not UTF-8"), ("latin-1", ROW.replace("1+1", "\xe9").encode("latin-1"), "byte 13 is not UTF-8"),
+    ("missing field", b'{"problem": "1+1", "answer": "2"}', "'solution' is missing"), ("null", ROW.replace('"2"', "null").encode(), "'answer' is not text"),
+    ("bool", ROW.replace('"2"', "true").encode(), "'answer' is not text"), ("list", ROW.replace('"2"', "[2]").encode(), "'answer' is not text"),
+    ("empty text", ROW.replace('"1+1"', '" "').encode(), "'problem' is empty"), ("second line", (ROW + "\n{}").encode(), "line 2: field 'question' is missing"),
+    ("no ####", b'{"question": "1+1", "answer": "2"}', "no '#### ANSWER'"), ("gsm8k empty", b'{"question": "1+1", "answer": "x ####"}', "nothing after its '####'"),
+    ("too long", ROW.replace("1+1", "1+" * 99 + "1").encode(), "window of 128"), ("5 MB", ROW.replace("1+1", "1+" * 2_500_000 + "1").encode(), "window of 128"),
+    ("deep", b"[" * 100_000, "not JSON"), ("a string", b'"text"', "line 1: is not a JSON object"), ("yaml", b"problem: 1+1", "line 1: is not JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, message", BAD_DATA, ids=[name for name, _, _ in BAD_DATA])
+def test_bad_data_is_one_clear_line(chat, tmp_path, name, content, message):
+    """Fails if a malformed file gives a traceback, or a message without file, place and field."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(sd.Refusal) as refusal:
+        sd.load_problems(config(data=str(path), test_problems=5), chat)
+    assert message in str(refusal.value) and str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 500
+
+
+def test_good_data_in_every_dress_is_read(chat, tmp_path):
+    """Fails on a byte-order mark, Windows line ends, an array, a number as answer, GSM8K's fields, or a skipped bad row."""
+    rows = [{"problem": f"{i}+1", "solution": "s", "answer": i + 1} for i in range(8)] + [{"question": "9+1", "answer": "9+1 #### 10"}]
+    lines = "\r\n".join(json.dumps(row) for row in rows)
+    for text in ("\ufeff" + lines, json.dumps(rows), lines + "\r\n{}\r\n"):
+        (tmp_path / "d.json").write_bytes(text.encode())
+        cfg = config(data=str(tmp_path / "d.json"), test_problems=2, validation_problems=2, skip_bad_rows="{}" in text)
+        split = sd.load_problems(cfg, chat)
+        assert len(split.train) == 5 and split.bad == int("{}" in text)
+        assert "10" in [p.answer for part in split[:3] for p in part]
+
+
+def test_the_split_is_disjoint_and_moves_with_neither_order_nor_seed(chat, tmp_path):
+    """Fails if a test problem can be trained on after the file is shuffled, extended by duplicates, or the seed changed."""
+    rows = [json.dumps({"problem": f"{i}+{i}", "solution": "s", "answer": "1"}) for i in range(40)]
+    splits = []
+    for k, order in enumerate((rows, rows[::-1] + rows[:7])):
+        (tmp_path / "d.jsonl").write_text("\n".join(order))
+        splits.append(sd.load_problems(config(data=str(tmp_path / "d.jsonl"), test_problems=10, validation_problems=5, seed=k), chat))
+    assert splits[0][:3] == splits[1][:3] and splits[1].duplicates == 7
+    texts = [p.question for part in splits[0][:3] for p in part]
+    assert len(texts) == len(set(texts)) == 40
+
+
+def test_every_epoch_visits_every_problem_once():
+    """Fails if a resumed or a new epoch repeats or skips a problem (24)."""
+    problems = [sd.Problem(str(i), "", "") for i in range(10)]
+    cfg = config(condition="reference", attempts_per_step=4)
+    seen = [p.question for step in range(5) for p in sd.next_problems(problems, 4 * step, cfg)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.question for p in problems) and seen[:10] != seen[10:]
+    grouped = sd.next_problems(problems, 0, config(condition="grpo", attempts_per_step=4, group_size=2))
+    assert grouped[0] is grouped[1] and grouped[2] is grouped[3] and grouped[0] is not grouped[2]
+
+
+# ---- the toy world
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return sd.toy_world(steps=120, root=tmp_path_factory.mktemp("toy"))
+
+
+def test_toy_examples_are_right():
+    """Fails if a solution is wrong, the misconception is missing, or a critique changes the attempt's style."""
+    language = critic_prompts.ToyLanguage(seed=0)
+    right = 0
+    for _ in range(300):
+        row = language.row()
+        solution = f"{row['problem'][0]}" and row["solution"]
+        assert sd.is_correct(solution, row["answer"]) and len(critic_prompts.toy_find(solution)) == 4
+        for step in critic_prompts.toy_find(solution):
+            a, op, b, result = step[1], step[2], step[3], step[5]
+            assert (int(a) + int(b) if op == "+" else int(a) * int(b)) % 10 == int(result)
+        right += sd.is_correct(language.example("solve", row["problem"])[1], row["answer"])
+        messages, critique = language.example("criticise", row["problem"])
+        own = messages[0]["content"].split("|")[1]
+        assert [s[0] for s in critic_prompts.toy_find(own)] == [s[0] for s in critic_prompts.toy_find(critique)]
+        assert sd.is_correct(critique, row["answer"])
+    assert 60 < right < 130  # about 30 % of the solver's own solutions
+
+
+def test_the_toy_critic_is_a_model_that_mends_what_it_reads(toy):
+    """After a short pre-training already. Fails if critic, follower and solver prompts differ from the loop's."""
+    chat = sd.load_model(str(toy))
+    cfg = config(data=str(toy / "problems.jsonl"), max_new_tokens=40, temperature=1.0)
+    rollouts = sd.attempt(chat, sd.load_problems(cfg, chat).test, cfg, torch.Generator().manual_seed(0))
+    critiques, _ = sd.query_critic(rollouts, sd.LocalCritic(chat, 80, 1024), cfg)
+    right = np.mean([c is not None and sd.is_correct(c, r.problem.answer) for r, c in zip(rollouts, critiques)])
+    solved = np.mean([r.reward for r in rollouts])
+    assert solved < 0.55 and right > solved + 0.3
+    assert sd.toy_world(steps=120, root=toy.parent) == toy  # found again, not built again
+
+
+# ---- command line, log, resume
+
+
+def run_in(tmp_path, folder, *flags) -> int:
+    """A short run of sd.py's main on the tiny model, in tmp_path/run."""
+    common = ["--preset", "toy", "--model", str(folder), "--data", str(folder / "problems.jsonl"), "--out", str(tmp_path / "run"),
+              "--test-problems", "5", "--validation-problems", "4", "--final-problems", "2", "--eval-samples", "2", "--lora-rank", "4",
+              "--lora-alpha", "8", "--attempts-per-step", "4", "--group-size", "2", "--max-new-tokens", "12"]  # fmt: skip
+    return sd.main([*common, *flags])
+
+
+def log_of(path) -> list[dict]:
+    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("cost", "config")} for line in lines]
+
+
+@pytest.mark.parametrize("condition", ["reference", "grpo"])
+def test_a_resumed_run_logs_the_same_numbers_as_an_uninterrupted_one(tmp_path, folder, condition):
+    """Bit for bit. Fails if optimiser, random numbers or the position in the data are not restored (24), or if a step
+    that was logged after the checkpoint stays in the log twice."""
+    flags = ["--condition", condition, "--save-every", "2", "--eval-every", "3", "--show-every", "2"]
+    assert run_in(tmp_path / "a", folder, *flags, "--steps", "7") == 0
+    assert run_in(tmp_path / "b", folder, *flags, "--steps", "4") == 0
+    with open(tmp_path / "b/run/log.jsonl", "a") as log:
+        log.write('{"step": 5, "loss": 1.0, "cost": {}}\n{"step": 6, "lo')  # a kill in the middle of step 6
+    assert run_in(tmp_path / "b", folder, *flags, "--steps", "7", "--resume") == 0
+    assert log_of(tmp_path / "a/run") == log_of(tmp_path / "b/run")
+    a, b = (sd.load_checkpoint(tmp_path / x / "run/checkpoint.pt") for x in "ab")
+    assert_same(a["adapters"], b["adapters"], atol=0, rtol=0)
+    assert len([line for line in log_of(tmp_path / "a/run") if "loss" in line]) == 7
+
+
+def test_kill_9_at_a_random_moment_loses_nothing(tmp_path, folder):
+    """Fails if a checkpoint or the log can be left half written."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import sd, test_sd, pathlib; test_sd.run_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:])"
+    flags = ["--condition", "reference", "--save-every", "1", "--steps", "400", "--show-every", "0"]
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(folder), *flags], stdout=subprocess.DEVNULL)
+    log = tmp_path / "run/log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 6:
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    step = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
+    assert run_in(tmp_path, folder, *flags[:4], "--resume", "--steps", str(step + 3)) == 0
+    assert run_in(tmp_path / "whole", folder, *flags[:4], "--steps", str(step + 3)) == 0
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole/run")
+
+
+def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, folder, monkeypatch):
+    """Fails if an interrupt loses the step in flight, or leaves the checkpoint behind the log."""
+    real, calls = sd.take_step, []
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(sd, "take_step", interrupting)
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "9") == 130
+    assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3 == log_of(tmp_path / "run")[-1]["step"]
+
+
+def test_a_critic_that_only_fails_stops_the_run_with_its_checkpoint(tmp_path, folder, capsys):
+    """The tiny model writes no critiques. Fails if such a run goes on, silently, without training."""
+    assert run_in(tmp_path, folder, "--condition", "critique", "--steps", "9") == 2
+    out = capsys.readouterr()
+    assert "every critique failed" in out.err and "WARNING" in out.out
+    assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path, folder):
+    """Fails if starting again overwrites a finished run."""
+    for _ in range(2):
+        assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
+    assert (tmp_path / "run/checkpoint.pt").exists() and (tmp_path / "run.1/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--lr", "inf"], "--lr"), (["--lr", "x"], "--lr"),
+    (["--kl", "backward"], "--kl"), (["--model", "/nowhere"], "/nowhere"), (["--model", "no/such-model"], "no/such-model"),
+    (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "hub:a/b/c.json", "--preset", "toy"], "hub:a/b/c.json"), (["--steps", "-1"], "--steps"),
+    (["--condition", "grpo", "--attempts-per-step", "9"], "--group-size"), (["--nonsense"], "--nonsense"), (["--critic", "http://x/v1"], "--critic-model"),
+    (["--resume", "--out", "/nowhere"], "/nowhere"), (["--preset", "big"], "--preset"), (["--group-size", "1"], "--group-size"),
+])  # fmt: skip
+def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch, toy):
+    """Fails if a mistake ends in a traceback, a usage text, or a run with another value than asked for."""
+    monkeypatch.setattr(sd, "toy_world", lambda: toy)
+    monkeypatch.setattr(sd, "hub_answers", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert sd.main(["--condition", "critique", *flags]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and words in error and error.startswith("sd.py: ")
+
+
+def test_resume_refuses_another_config(tmp_path, folder, capfd):
+    """Fails if a run silently goes on with a flag that changes its numbers."""
+    run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1")
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--resume", "--steps", "2", "--lr", "0.5") == 2
+    assert "lr" in capfd.readouterr().err
+
+
+def test_help_names_every_knob_with_its_default(capsys):
+    """Fails if a knob is added beside the Config, or the help outgrows two screens."""
+    with pytest.raises(SystemExit) as stop:
+        sd.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.count("\n") <= 60
+    for name in ("condition preset model data critic kl steps attempts-per-step group-size seed lr max-new-tokens temperature "
+                 "lora-rank micro-batch save-every eval-every out resume").split():  # fmt: skip
+        assert f"--{name} " in text or f"--{name}," in text
+
+
+# ---- eval
+
+
+def test_pass_at_k_and_maj_at_k_equal_numbers_worked_by_hand():
+    """Fails if Pass@k is the biased 1 − (1 − c/n)^k, or a tie goes to whoever came first."""
+    assert evaluation.pass_at_k(4, 1, 2) == pytest.approx(0.5) and evaluation.pass_at_k(4, 0, 4) == 0 and evaluation.pass_at_k(4, 1, 4) == 1
+    vote = lambda *answers: evaluation.maj_at_k([{"answer": a, "correct": a in ("1", "1.0")} for a in answers])
+    assert vote("1", "2", "1.0") == 1 and vote("1", "2") == 0.5 and vote("2", "2", "1") == 0 and vote(None, None, "1") == 1 and vote(None) == 0
+
+
+def test_intervals_cover_and_repeat():
+    """Fails if the bootstrap is unseeded, or resamples attempts instead of problems."""
+    values = np.random.default_rng(1).random(200)
+    low, high = evaluation.interval(values)
+    error = values.std() / math.sqrt(200)
+    assert (low, high) == evaluation.interval(values)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < values.mean() < high
+
+
+def test_eval_compares_runs_with_their_base_and_repeats_to_the_digit(tmp_path, folder, capsys):
+    """Fails if base and run see other problems or seeds: an untrained run must equal the base exactly."""
+    run_in(tmp_path, folder, "--condition", "grpo", "--steps", "0")
+    (tmp_path / "run").rename(tmp_path / "untrained")
+    run_in(tmp_path, folder, "--condition", "reference", "--steps", "2", "--lr", "0.1")
+    capsys.readouterr()
+    arguments = [str(tmp_path / "untrained"), str(tmp_path / "run"), "--samples", "3"]
+    assert evaluation.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert evaluation.main(arguments) == 0 and capsys.readouterr().out == first
+    cells = {line.split("|")[1].strip(): line.split("|")[2:] for line in first.splitlines() if line.startswith("| ")}
+    assert cells["base"] == cells["untrained"] != cells["run"]
+    assert all(cell.strip().replace("-", "") == "0.0 [0.0, 0.0]" for cell in cells["untrained − base"][:-1])
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 5 * 3 and set(rows[0]) == {"run", "problem", "wanted", "text", "answer", "correct", "length", "truncated"}
+    assert first.strip() == (tmp_path / "eval.md").read_text().strip()
