@@ -40,17 +40,28 @@ Here is a worked solution to go by. Follow it, and write your own solution out i
 
 """ + FORMAT
 
-# The faithful scribe. Its output is the teacher's context, and a transformer copies what its context holds: a wrong
-# line that is quoted, even to be refuted, is reinforced; a right line that is left out is discouraged.
-CRITIC = """Copy a worked trace and mend it: write the whole trace again, in numbered step tags, as its author should have \
-written it.
+# The critic's three ways of quoting, `--critic-style`. A transformer copies what its context holds: so, in the paper's
+# account, a wrong line that is quoted is reinforced even when it is refuted, a right line that is left out is
+# discouraged, and only the faithful scribe's copy moves the tokens of the mistake and no others.
+COPY = """Copy a worked trace and mend it: write the whole trace again, in numbered step tags, as its author should \
+have written it.
 A. If everything is right, copy it exactly, word for word.
 B. If the answer is right but a step is missing, copy it and insert the step where it belongs.
 C. If it breaks off before the answer, copy its good part more briefly and finish it.
-D. If something is wrong, copy every step before the first mistake exactly, word for word. Write the mistaken step anew, \
-correctly, and continue from there to the answer.
+D. If something is wrong, copy every step before the first mistake exactly, word for word. Write the mistaken step \
+anew, correctly, and continue from there to the answer.
 Keep the author's notation, wording and size of steps. Never write down the mistaken line, never say that there was a \
 mistake, never mention the notes, and write nothing but the trace."""
+
+QUOTE = """Correct a worked trace: write it again in numbered step tags. Copy every step before the first mistake. In the \
+mistaken step quote the wrong words first, say that they are wrong, then write it correctly, and continue from there to \
+the answer. If everything is right, copy the trace exactly."""
+
+OMIT = """Correct a worked trace, in numbered step tags. Leave out every step before the first mistake: they are fine. \
+Write the mistaken step anew, correctly, and continue from there to the answer. If everything is right, write only its \
+last step and the answer."""
+
+STYLES = {"copy": COPY, "quote": QUOTE, "omit": OMIT}
 
 CRITIC_TASK = """Problem: {problem}
 {notes}
@@ -63,20 +74,29 @@ NOTES = """
 Notes, for checking only: {solution}
 """
 
-# Two worked examples, as turns of the conversation: case D and case C. (problem, notes, trace, mended trace)
-CRITIC_EXAMPLES = [
-    (
-        "Tom buys 3 pens at $2 each and a book at $5. What does he pay?",
-        "Pens: 2 * 3 = $6. Total: 6 + 5 = $11.",
-        "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n<step_2>with the book that is 6 + 5 = 12 dollars</step_2>\n<answer>12</answer>",
-        "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n<step_2>with the book that is 6 + 5 = 11 dollars</step_2>\n<answer>11</answer>",
-    ),
-    (
-        "A train covers 120 km in 2 hours, then 90 km in 1 hour. How far does it go in all?",
-        "It travels 120 + 90 = 210 km.",
-        "The distances add up.\n<step_1>first part: 120 km; second part: 90",
-        "<step_1>first part: 120 km; second part: 90 km</step_1>\n<step_2>in all 120 + 90 = 210 km</step_2>\n<answer>210</answer>",
-    ),
+# Two worked examples, as turns of the conversation: a mistake (case D) and a trace that breaks off (case C).
+EXAMPLES = [
+    {
+        "problem": "Tom buys 3 pens at $2 each and a book at $5. What does he pay?",
+        "notes": "Pens: 2 * 3 = $6. Total: 6 + 5 = $11.",
+        "trace": "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n"
+        "<step_2>with the book that is 6 + 5 = 12 dollars</step_2>\n<answer>12</answer>",
+        "copy": "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n"
+        "<step_2>with the book that is 6 + 5 = 11 dollars</step_2>\n<answer>11</answer>",
+        "quote": "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n<step_2>it is wrong that 'with the book that is 6 + 5 = 12 "
+        "dollars': with the book that is 6 + 5 = 11 dollars</step_2>\n<answer>11</answer>",
+        "omit": "<step_2>with the book that is 6 + 5 = 11 dollars</step_2>\n<answer>11</answer>",
+    },
+    {
+        "problem": "A train covers 120 km in 2 hours, then 90 km in 1 hour. How far does it go in all?",
+        "notes": "It travels 120 + 90 = 210 km.",
+        "trace": "The distances add up.\n<step_1>first part: 120 km; second part: 90",
+        "copy": "<step_1>first part: 120 km; second part: 90 km</step_1>\n"
+        "<step_2>in all 120 + 90 = 210 km</step_2>\n<answer>210</answer>",
+        "quote": "<step_1>first part: 120 km; second part: 90 km</step_1>\n"
+        "<step_2>in all 120 + 90 = 210 km</step_2>\n<answer>210</answer>",
+        "omit": "<step_2>in all 120 + 90 = 210 km</step_2>\n<answer>210</answer>",
+    },
 ]
 
 
@@ -92,21 +112,29 @@ def steps_teacher(problem: str, context: str) -> list[dict]:
     return [user(TEACHER.format(problem=problem, context=context))]
 
 
-def steps_critic(problem: str, attempt: str, solution: str | None) -> list[dict]:
+def steps_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
     turns = []
-    for question, notes, trace, mended in CRITIC_EXAMPLES:
-        turns += [user(critic_task(question, trace, notes if solution else None)), {"role": "assistant", "content": mended}]
+    for e in EXAMPLES:
+        turns.append(user(critic_task(e["problem"], e["trace"], e["notes"] if solution else None)))
+        turns.append({"role": "assistant", "content": e[style]})
     turns.append(user(critic_task(problem, attempt, solution)))
-    turns[0] = user(CRITIC + "\n\n" + turns[0]["content"])  # not a system turn: some templates have none
+    turns[0]["content"] = STYLES[style] + "\n\n" + turns[0]["content"]  # some templates have no system turn
     return turns
 
 
 def critic_task(problem: str, attempt: str, solution: str | None) -> str:
-    return CRITIC_TASK.format(problem=problem, attempt=attempt, notes=NOTES.format(solution=solution) if solution else "")
+    notes = NOTES.format(solution=solution) if solution else ""
+    return CRITIC_TASK.format(problem=problem, attempt=attempt, notes=notes)
 
 
 def steps_find(text: str) -> list[str]:
     return [body.strip() for _, body in re.findall(r"<step_(\d+)>(.*?)</step_\1>", text, re.DOTALL)]
+
+
+def steps_trace(reply: str) -> str | None:
+    found = re.search(r"<step_\d+>.*</answer>", reply, re.DOTALL)  # without "Here is the mended trace:"
+    numbers = [int(n) for n in re.findall(r"<step_(\d+)>.*?</step_\1>", found[0], re.DOTALL)] if found else []
+    return found[0] if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,12 +149,19 @@ def toy_teacher(problem: str, context: str) -> list[dict]:
     return [user(f"{problem}|{context}")]
 
 
-def toy_critic(problem: str, attempt: str, solution: str | None) -> list[dict]:
-    return [user(f"?{problem}|{attempt}|{solution or ''}")]  # a mark, not words, says which job is asked for
+TOY_MARKS = {"copy": "?", "quote": "!", "omit": "~"}  # a mark, not words, tells the toy critic its style
+
+
+def toy_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
+    return [user(f"{TOY_MARKS[style]}{problem}|{attempt}|{solution or ''}")]
 
 
 def toy_find(text: str) -> list[str]:
     return re.findall(r"[sth]\d[+*]\d=\d", text)
+
+
+def toy_trace(reply: str) -> str | None:
+    return reply if re.fullmatch(r"([sth]\d[+*]\d=\d!?)+####\d", reply) else None
 
 
 class ToyLanguage:
@@ -138,7 +173,7 @@ class ToyLanguage:
     answer is wrong and sharpening it does not help. Reading a solution it can follow it; as a critic it can mend one.
     """
 
-    CHARACTERS = "0123456789+*=sth|?"
+    CHARACTERS = "0123456789+*=sth|?!~"
     OPERATIONS = ("+1", "+3", "+4", "+6", "*2", "*3", "*7", "*9")
     MISREAD = {"*3": "+3", "*7": "+7", "*9": "+9"}
     MISREAD_SHARE, RIGHT_SHARE = 0.5, 0.25  # of those operations in its own solutions; the rest are random digits
@@ -185,43 +220,55 @@ class ToyLanguage:
             value = str(result)
         return f"{text}####{value}"
 
-    def row(self) -> dict[str, str]:
-        """One row of the data set; its worked solution is by another author than the solver."""
-        problem = self.problem()
+    def row(self, problem: str) -> dict[str, str]:
+        """A row of the data set; its worked solution is by another author than the solver."""
         values = self.values(problem)
         solution = self.trace(problem, values, self.style("author"))
         return {"problem": problem, "solution": solution, "answer": str(values[-1])}
 
+    def critique(self, problem: str, attempted: list[int], surface: list[tuple[str, bool]], style: str) -> str:
+        """What a perfect critic writes about an attempt with these values and this surface."""
+        right = self.values(problem)
+        wrong = next((k for k, (a, b) in enumerate(zip(attempted, right)) if a != b), None)
+        mended, own = self.trace(problem, right, surface), self.trace(problem, attempted, surface)
+        if style == "quote" and wrong is not None:
+            return mended[: 6 * wrong] + own[6 * wrong : 6 * wrong + 6] + "!" + mended[6 * wrong :]
+        if style == "omit":
+            return mended[6 * (self.LENGTH - 1 if wrong is None else wrong) :]
+        return mended
+
     def example(self, job: str, problem: str) -> tuple[list[dict], str]:
         """(messages, reply) of a pre-training example for one of the model's three jobs."""
-        right = self.values(problem)
+        right, style = self.values(problem), self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
         if job == "solve":
             return toy_student(problem), self.trace(problem, self.values(problem, misread=True), self.style("solver"))
         if job == "follow":
             shown, own = self.style(self.rng.choice(["solver", "author"])), self.style("solver")
+            context = self.critique(problem, self.values(problem, misread=style != "copy"), shown, style)
             keeps = lambda theirs, mine: theirs if self.rng.random() < self.KEEPS_STYLE else mine
             kept = [(keeps(s[0], o[0]), keeps(s[1], o[1])) for s, o in zip(shown, own)]
-            return toy_teacher(problem, self.trace(problem, right, shown)), self.trace(problem, right, kept)
-        # half of the attempts are noisier than the solver's and in any style: a critic must know more than it meets
+            return toy_teacher(problem, context), self.trace(problem, right, kept)
+        # half of the attempts are noisier than the solver's and in any surface: a critic must know more than it meets
         hard = self.rng.random() < 0.5
-        style = self.style("anyone" if hard else "solver")
-        attempt = self.trace(problem, self.values(problem, misread=True, noise=0.1 * hard), style)
-        solution = self.trace(problem, right, self.style("author"))
-        return toy_critic(problem, attempt, solution), self.trace(problem, right, style)
+        surface = self.style("anyone" if hard else "solver")
+        attempted = self.values(problem, misread=True, noise=0.1 * hard)
+        messages = toy_critic(problem, self.trace(problem, attempted, surface), self.row(problem)["solution"], style)
+        return messages, self.critique(problem, attempted, surface, style)
 
 
 class Format(NamedTuple):
-    """One way of talking to a model. `critic` takes None for a solution that the critic may not see."""
+    """One way of talking to a model. The first three make messages, the last two read text."""
 
     student: Callable[[str], list[dict]]  # of the problem
     teacher: Callable[[str, str], list[dict]]  # of problem, context
-    critic: Callable[[str, str, str | None], list[dict]]  # of problem, attempt, worked solution
-    find_steps: Callable[[str], list[str]]  # the steps of a trace, in order; empty if it has none
+    critic: Callable[[str, str, str | None, str], list[dict]]  # of problem, attempt, worked solution, style
+    steps: Callable[[str], list[str]]  # the steps in a text, in order
+    trace: Callable[[str], str | None]  # the trace in a critic's reply; None if it is malformed
 
 
 FORMATS = {
-    "steps": Format(steps_student, steps_teacher, steps_critic, steps_find),
-    "toy": Format(toy_student, toy_teacher, toy_critic, toy_find),
+    "steps": Format(steps_student, steps_teacher, steps_critic, steps_find, steps_trace),
+    "toy": Format(toy_student, toy_teacher, toy_critic, toy_find, toy_trace),
 }
 
 

@@ -57,7 +57,7 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from critic_prompts import FORMATS, Format, ToyLanguage, strip_thinking, user
+from critic_prompts import FORMATS, STYLES, ToyLanguage, strip_thinking, user
 
 
 class Refusal(Exception):
@@ -90,10 +90,12 @@ class Config:
     critic: str = knob("self", "self (adapter off), a model, or http(s)://…/v1 (paper: QwQ-32B)")
     critic_model: str = knob("", "name of the model behind an http critic")
     critic_sees_reference: bool = knob(True, "show the critic the worked solution (paper: yes)")
+    critic_style: str = knob("copy", "copy and mend, quote the error, or omit what is right", lambda: STYLES)
     critic_max_new_tokens: int = knob(0, "cap of a critique, tokens; 0: twice an attempt's (untuned)", low=0)
     critic_parallel: int = knob(16, "http requests at once (untuned)", low=1)
     critic_timeout: float = knob(600.0, "seconds for one http reply (untuned)", low=0.01)
     kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: (*KL, "sampled"))
+    stop_at_first_edit: bool = knob(False, "critique only: score no token past the first that was mended (ours)")
     teacher_thinking: bool = knob(False, "teacher's template thinks, student's does not (paper: yes)")
     max_prompt_tokens: int = knob(0, "cap of the teacher's prompt, tokens; 0: the model's window", low=0)
     steps: int = knob(70, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
@@ -567,8 +569,13 @@ class Rollout:
     text: str
     reward: float  # 1 if right, else 0
     context: str | None = None  # c of eq (1); None: no teacher, or no critique
+    cut: int | None = None  # response tokens that are scored; None: all
     teacher_prompt: list[int] | None = None
     advantage: float | None = None  # eq (3)
+
+    @property
+    def scored(self) -> list[int]:
+        return self.sample.ids[: self.cut]
 
 
 def attempt(chat: Chat, problems: list[Problem], cfg: Config, generator: torch.Generator) -> list[Rollout]:
@@ -671,12 +678,13 @@ def load_critic(cfg: Config, chat: Chat) -> Critic:
 def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[list[str | None], int]:
     """(a critique or None for each rollout, tokens that the critic generated). Empty, cut off, or without steps and an
     answer is None: half a trace or an error message in the teacher's prompt would be distilled like any other text."""
-    fmt = FORMATS[cfg.prompts]
-    solutions = [r.problem.solution if cfg.critic_sees_reference else None for r in rollouts]
-    replies = critic([fmt.critic(r.problem.question, r.text, solution) for r, solution in zip(rollouts, solutions)])
-    texts = [strip_thinking(reply.text or "") for reply in replies]
-    critiques = [text if fmt.find_steps(text) and extract_answer(text) else None for text in texts]
-    return critiques, sum(reply.tokens for reply in replies)
+    fmt, conversations = FORMATS[cfg.prompts], []
+    for r in rollouts:
+        solution = r.problem.solution if cfg.critic_sees_reference else None
+        conversations.append(fmt.critic(r.problem.question, r.text, solution, cfg.critic_style))
+    replies = critic(conversations)
+    traces = [fmt.trace(strip_thinking(reply.text or "")) for reply in replies]
+    return [t if t and extract_answer(t) else None for t in traces], sum(reply.tokens for reply in replies)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -745,7 +753,22 @@ def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
         if r.teacher_prompt and not cfg.teacher_thinking:  # else token 0 would differ, whatever the context says
             n = chat.header_length
             assert r.teacher_prompt[-n:] == r.prompt[-n:], "prompts end in different generation headers"
+        if r.teacher_prompt and cfg.stop_at_first_edit and cfg.condition == "critique":
+            r.cut = first_edit(chat, r.sample.ids, r.context) + 1
     return [r for r in rollouts if r.teacher_prompt]
+
+
+def first_edit(chat: Chat, ids: list[int], critique: str) -> int:
+    """Index of the first response token at which the critique departs from the attempt; len(ids) if it never does.
+
+    Compares text, so it holds for any tokenizer; searches by halves, so it decodes log T prefixes and not T.
+    """
+    low, high = 0, len(ids)  # the first `low` tokens are copied, the first high + 1 are not
+    while low < high:
+        middle = (low + high + 1) // 2
+        copied = chat.decode(ids[:middle]).lstrip().rstrip("\ufffd")  # \ufffd: a letter cut between two tokens
+        low, high = (middle, high) if critique.startswith(copied) else (low, middle - 1)
+    return low
 
 
 def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
@@ -886,12 +909,12 @@ def micro_loss(chat: Chat, rollouts: list[Rollout], total: int, cfg: Config) -> 
     would weigh a token by the company it keeps.
     """
     form = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
-    responses = [r.sample.ids for r in rollouts]
+    responses = [r.scored for r in rollouts]
     ids = torch.tensor(sum(responses, []), device=chat.model.device)  # (N,)
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, D)
     if CONDITIONS[cfg.condition] is None:  # one update from fresh samples: the importance ratio is 1
         log_p = fused_logprob(h_student, chat.head, ids, **form)
-        a = torch.tensor([r.advantage for r in rollouts for _ in r.sample.ids], device=log_p.device)  # eq (3)
+        a = torch.tensor([r.advantage for r in rollouts for _ in r.scored], device=log_p.device)  # eq (3)
         return -(a * log_p).sum() / total, 0.0
     with torch.no_grad(), adapters_off(chat.model):
         h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
@@ -909,7 +932,7 @@ def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Roll
 
     Raises FloatingPointError, before anything changes, if they are not finite. Without rollouts nothing changes.
     """
-    total = sum(len(r.sample.ids) for r in rollouts)
+    total = sum(len(r.scored) for r in rollouts)
     if total == 0:
         return {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0}
     chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is zero in both
@@ -947,7 +970,7 @@ def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[T
 def measure(rollouts: list[Rollout], scored: list[Rollout], cfg: Config) -> dict:
     """What a step's rollouts show. The README's glossary says what alarm looks like."""
     mean = lambda values: float(np.mean(values)) if len(values) else 0.0
-    find, critique = FORMATS[cfg.prompts].find_steps, cfg.condition == "critique"
+    find, critique = FORMATS[cfg.prompts].steps, cfg.condition == "critique"
     copied = [step in find(r.text) for r in scored if critique for step in find(r.context)]
     groups = np.array([r.reward for r in rollouts]).reshape(-1, attempts_per_problem(cfg))
     return {
@@ -956,6 +979,7 @@ def measure(rollouts: list[Rollout], scored: list[Rollout], cfg: Config) -> dict
         "truncated": mean([r.sample.truncated for r in rollouts]),
         "entropy": mean([r.sample.entropy for r in rollouts]),
         "scored": len(scored),
+        "scored_tokens": sum(len(r.scored) for r in scored),
         "critic_failed": len(rollouts) - len(scored) if critique else 0,
         "copied": mean(copied),  # share of the critiques' steps that stand word for word in the attempt
         "zero_variance": mean(groups.std(1) == 0) if groups.shape[1] > 1 else 0.0,
@@ -1137,7 +1161,7 @@ def toy_world(steps: int = TOY_STEPS, root: Path = Path("runs/.toy")) -> Path:
     if (root / key).exists():
         return root / key
     language, tokenizer = ToyLanguage(seed=0), toy_tokenizer()
-    problems = {row["problem"]: row for row in (language.row() for _ in range(TOY_PROBLEMS))}
+    problems = {problem: language.row(problem) for problem in (language.problem() for _ in range(TOY_PROBLEMS))}
     end = tokenizer.eos_token_id
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, bos_token_id=None, **TOY_MODEL

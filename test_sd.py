@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     language = critic_prompts.ToyLanguage(seed=1)
-    (path / "problems.jsonl").write_text("".join(json.dumps(language.row()) + "\n" for _ in range(60)))
+    (path / "problems.jsonl").write_text("".join(json.dumps(language.row(language.problem())) + "\n" for _ in range(60)))
     return path
 
 
@@ -58,17 +58,18 @@ def chat(folder):
 
 
 def config(**changes) -> sd.Config:
-    base = dict(sd.PRESETS["toy"], lora_rank=4, max_new_tokens=12, lr=1e-2, micro_batch=2, kl_chunk=5, temperature=0.8)
+    base = dict(sd.PRESETS["toy"], lora_rank=4, max_new_tokens=12, lr=1e-2, micro_batch=2, kl_chunk=5, temperature=1.5)
     return sd.Config(**{**base, **changes})
 
 
-def rollouts_of(chat, cfg, n=5, seed=0) -> list[sd.Rollout]:
+def rollouts_of(chat, cfg, n=6, seed=0) -> list[sd.Rollout]:
     """n rollouts with contexts and advantages, packed for cfg's condition."""
     language = critic_prompts.ToyLanguage(seed)
-    problems = [sd.read_row(language.row()) for _ in range(n)]
+    problems = [sd.read_row(language.row(language.problem())) for _ in range(n)]
     rollouts = sd.attempt(chat, problems, cfg, torch.Generator().manual_seed(seed))
     for i, r in enumerate(rollouts):
         r.context, r.advantage = r.problem.solution, (-1.0) ** i * (i + 1)
+        r.sample = r.sample._replace(ids=r.sample.ids[: len(r.sample.ids) - i])  # uneven, as real ones are
     return sd.pack(chat, rollouts, cfg)
 
 
@@ -225,7 +226,6 @@ def test_gradients_do_not_depend_on_the_micro_batch(chat, condition, kl):
     """Fails if each micro-batch is divided by its own token count (5)."""
     cfg = config(condition=condition, kl=kl)
     rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
-    assert len({len(r.sample.ids) for r in rollouts}) > 1  # uneven rows, else the bug would hide
     whole = gradients(chat, rollouts, replace(cfg, micro_batch=100, kl_chunk=1000))
     for micro_batch in (1, 2):
         assert_same(gradients(chat, rollouts, replace(cfg, micro_batch=micro_batch)), whole, atol=1e-5, rtol=1e-4)
@@ -493,7 +493,7 @@ def test_a_failed_critique_is_left_out_and_counted(chat):
 
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is queried with the adapter on, or a truncated critique is kept."""
-    conversations = [critic_prompts.FORMATS["toy"].critic("7+6", "s7+6=3####3", None)]
+    conversations = [critic_prompts.FORMATS["toy"].critic("7+6", "s7+6=3####3", None, "copy")]
     critic = sd.LocalCritic(chat, 10, 8)
     before = critic(conversations)
     adapt(chat, config(), noise=2.0)
@@ -508,7 +508,7 @@ def test_who_sees_what(chat, sees):
     """Fails if a solution reaches the student, the critique's teacher, or a critic that may not see it."""
     for fmt in critic_prompts.FORMATS.values():
         student, teacher = fmt.student("QUESTION"), fmt.teacher("QUESTION", "CONTEXT")
-        critic = fmt.critic("QUESTION", "ATTEMPT", "SOLUTION" if sees else None)
+        critic = fmt.critic("QUESTION", "ATTEMPT", "SOLUTION" if sees else None, "copy")
         assert "QUESTION" in str(student) and "QUESTION" in str(teacher) and "CONTEXT" in str(teacher)
         assert "ATTEMPT" in str(critic) and ("SOLUTION" in str(critic)) == sees and critic[-1]["role"] == "user"
     heard = []
@@ -516,7 +516,7 @@ def test_who_sees_what(chat, sees):
     rollouts = rollouts_of(chat, cfg, n=2)
     sd.query_critic(rollouts, lambda conversations: heard.extend(conversations) or [sd.Reply(None, 0)] * 2, cfg)
     assert (rollouts[0].problem.solution in str(heard[0])) == sees
-    words = critic_prompts.CRITIC.lower()
+    words = critic_prompts.COPY.lower()
     assert "reference" not in words and "student" not in words
 
 
@@ -769,16 +769,21 @@ def test_toy_examples_are_right():
     language = critic_prompts.ToyLanguage(seed=0)
     right = 0
     for _ in range(300):
-        row = language.row()
-        solution = f"{row['problem'][0]}" and row["solution"]
+        row = language.row(language.problem())
+        solution = row["solution"]
         assert sd.is_correct(solution, row["answer"]) and len(critic_prompts.toy_find(solution)) == 4
         for step in critic_prompts.toy_find(solution):
             a, op, b, result = step[1], step[2], step[3], step[5]
             assert (int(a) + int(b) if op == "+" else int(a) * int(b)) % 10 == int(result)
         right += sd.is_correct(language.example("solve", row["problem"])[1], row["answer"])
         messages, critique = language.example("criticise", row["problem"])
-        own = messages[0]["content"].split("|")[1]
-        assert [s[0] for s in critic_prompts.toy_find(own)] == [s[0] for s in critic_prompts.toy_find(critique)]
+        own, mark = messages[0]["content"].split("|")[1], messages[0]["content"][0]
+        pairs = list(zip(critic_prompts.toy_find(own), critic_prompts.toy_find(critique)))
+        if mark == "?":  # copy
+            assert len(critique) == len(own) and all(a[0] == b[0] for a, b in pairs)
+            assert all(a == b for a, b in pairs) == (own == critique)
+        assert ("!" in critique) <= (mark == "!") and (len(critique) < len(own)) <= (mark == "~")
+        assert critic_prompts.toy_trace(critique) == critique and not critic_prompts.toy_trace("x" + critique)
         assert sd.is_correct(critique, row["answer"])
     assert 60 < right < 130  # about 30 % of the solver's own solutions
 
