@@ -183,7 +183,8 @@ class ToyLanguage:
         "anyone": ((1, 1, 1), 0.5),
     }
     KEEPS_STYLE = 0.92  # so often a reader of a solution keeps each of its surface choices
-    LENGTH = 4  # operations of a problem
+    SLIPS = 0.5  # share of readers that are shown to have slipped
+    LENGTH = 6  # operations of a problem
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
@@ -195,10 +196,12 @@ class ToyLanguage:
     def problem(self) -> str:
         return str(self.rng.randrange(10)) + "".join(self.rng.choices(self.OPERATIONS, k=self.LENGTH))
 
-    def values(self, problem: str, misread: bool = False, noise: float = 0.0) -> list[int]:
-        """The running value after each operation: by the rules, or with the misconception and some noise."""
-        value, values = int(problem[0]), []
-        for operation in re.findall(r"[+*]\d", problem):
+    def values(self, problem: str, misread: bool = False, noise: float = 0.0, start: list[int] = []) -> list[int]:
+        """The running value after each operation: by the rules, or with the misconception and some noise. The first
+        values may be given."""
+        values = list(start)
+        value = values[-1] if values else int(problem[0])
+        for operation in re.findall(r"[+*]\d", problem)[len(values) :]:
             result, u = self.apply(operation, value), self.rng.random()
             if misread and operation in self.MISREAD and u >= self.RIGHT_SHARE:
                 known = u < self.RIGHT_SHARE + self.MISREAD_SHARE
@@ -237,23 +240,30 @@ class ToyLanguage:
             return mended[6 * (self.LENGTH - 1 if wrong is None else wrong) :]
         return mended
 
-    def example(self, job: str, problem: str) -> tuple[list[dict], str]:
-        """(messages, reply) of a pre-training example for one of the model's three jobs."""
+    def example(self, job: str, problem: str) -> tuple[list[dict], str, str]:
+        """(messages, given, reply) of a pre-training example for one of the model's three jobs. `given` is the start of
+        the reply, read but not learnt."""
         right, style = self.values(problem), self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
         if job == "solve":
-            return toy_student(problem), self.trace(problem, self.values(problem, misread=True), self.style("solver"))
+            return toy_student(problem), "", self.trace(problem, self.values(problem, misread=True), self.style("solver"))
         if job == "follow":
             shown, own = self.style(self.rng.choice(["solver", "author"])), self.style("solver")
             context = self.critique(problem, self.values(problem, misread=style != "copy"), shown, style)
             keeps = lambda theirs, mine: theirs if self.rng.random() < self.KEEPS_STYLE else mine
             kept = [(keeps(s[0], o[0]), keeps(s[1], o[1])) for s, o in zip(shown, own)]
-            return toy_teacher(problem, context), self.trace(problem, right, kept)
+            if self.rng.random() >= self.SLIPS:
+                return toy_teacher(problem, context), "", self.trace(problem, right, kept)
+            # a reader who has slipped carries on from the own number, as it would have alone
+            k = self.rng.randrange(self.LENGTH)
+            slip = self.rng.choice([value for value in range(10) if value != right[k]])
+            reply = self.trace(problem, self.values(problem, misread=True, start=[*right[:k], slip]), kept)
+            return toy_teacher(problem, context), reply[: 6 * k + 6], reply[6 * k + 6 :]
         # half of the attempts are noisier than the solver's and in any surface: a critic must know more than it meets
         hard = self.rng.random() < 0.5
         surface = self.style("anyone" if hard else "solver")
         attempted = self.values(problem, misread=True, noise=0.1 * hard)
         messages = toy_critic(problem, self.trace(problem, attempted, surface), self.row(problem)["solution"], style)
-        return messages, self.critique(problem, attempted, surface, style)
+        return messages, "", self.critique(problem, attempted, surface, style)
 
 
 class Format(NamedTuple):

@@ -128,8 +128,8 @@ class Config:
 
 PRESETS = {
     "toy": dict(
-        model="toy", data="toy", prompts="toy", steps=100, lr=2e-3, max_grad_norm=1.0, lora_rank=16, lora_alpha=32.0,
-        temperature=1.0, max_new_tokens=40, sample_batch=1024, micro_batch=32, gradient_checkpointing=False,
+        model="toy", data="toy", prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16, lora_alpha=32.0,
+        temperature=1.0, max_new_tokens=64, sample_batch=1024, micro_batch=32, gradient_checkpointing=False,
         final_problems=100,
     ),
     "qwen": {},
@@ -1102,11 +1102,11 @@ class Run:
 # and a problem file; from `load_model` on, nothing knows that it is a toy. Its language is in critic_prompts.py.
 
 TOY_MODEL = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
     max_position_embeddings=256, tie_word_embeddings=False,
 )  # fmt: skip
-TOY_JOBS = {"solve": 24, "follow": 20, "criticise": 20}  # rows of a pre-training batch
-TOY_STEPS, TOY_PROBLEMS = 500, 2000
+TOY_JOBS = {"solve": 16, "follow": 28, "criticise": 20}  # rows of a pre-training batch
+TOY_STEPS, TOY_PROBLEMS = 1000, 2000
 
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
@@ -1124,10 +1124,11 @@ def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
     )  # fmt: skip
 
 
-def toy_loss(chat: Chat, examples: list[tuple[list[dict], str]]) -> Tensor:
+def toy_loss(chat: Chat, examples: list[tuple[list[dict], str, str]]) -> Tensor:
     """Cross entropy of every token of the replies, (N,)."""
-    prompts = [chat.encode(messages) for messages, _ in examples]
-    replies = [chat.tokenizer(reply)["input_ids"] + chat.end_ids for _, reply in examples]
+    text = lambda words: chat.tokenizer(words)["input_ids"]
+    prompts = [chat.encode(messages) + text(given) for messages, given, _ in examples]
+    replies = [text(reply) + chat.end_ids for _, _, reply in examples]
     logits = F.linear(response_hidden(chat, prompts, replies), chat.head)
     return F.cross_entropy(logits, torch.tensor(sum(replies, []), device=logits.device), reduction="none")
 

@@ -761,7 +761,7 @@ def test_every_epoch_visits_every_problem_once():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    return sd.toy_world(steps=120, root=tmp_path_factory.mktemp("toy"))
+    return sd.toy_world(steps=200, root=tmp_path_factory.mktemp("toy"))
 
 
 def test_toy_examples_are_right():
@@ -797,7 +797,7 @@ def test_the_toy_critic_is_a_model_that_mends_what_it_reads(toy):
     right = np.mean([c is not None and sd.is_correct(c, r.problem.answer) for r, c in zip(rollouts, critiques)])
     solved = np.mean([r.reward for r in rollouts])
     assert solved < 0.55 and right > solved + 0.3
-    assert sd.toy_world(steps=120, root=toy.parent) == toy  # found again, not built again
+    assert sd.toy_world(steps=200, root=toy.parent) == toy  # found again, not built again
 
 
 # ---- command line, log, resume
