@@ -1275,8 +1275,8 @@ def train(cfg: Config) -> None:
             print(log_line(metrics, cfg.steps), flush=True)
             warn(metrics, critic, cfg)
             failed_steps = 0 if metrics["scored"] else failed_steps + 1
-            if cfg.show_every and run.step % cfg.show_every == 0:
-                show(chat, rollouts[0], cfg)
+            if cfg.show_every and (run.step == 1 or run.step % cfg.show_every == 0):
+                show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
             if cfg.eval_every and run.step % cfg.eval_every == 0:
                 score = float(scores(evaluate(chat, problems.validation, cfg))["Avg"].mean())
                 run.log({"step": run.step, "validation_avg": score})
