@@ -263,7 +263,9 @@ def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
     grpo = sd.group_advantages([r.reward for r in rollouts], samples)
     shown = ("critique (copy)", "reference")
     whole = [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in shown)]
-    picks = [next((i for i in whole if places[i]), None), next((i for i in whole if rollouts[i].reward), None)]
+    perfect = lambda i: sd.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
+    telling = sorted(whole, key=lambda i: grpo[i] == 0)  # a group with both outcomes first
+    picks = [next((i for i in telling if places[i]), None), next((i for i in telling if rollouts[i].reward and perfect(i)), None)]
     examples = [example(chat, rollouts[i], {n: (found[n][i], contexts[n][i]) for n in shown}, grpo[i], places[i], cfg)
                 for i in picks if i is not None]  # fmt: skip
     right, wrong = sum(r.reward for r in rollouts), sum(place is not None for place in places)
@@ -591,7 +593,7 @@ def filter_pool(pool: Path, out: Path, below: float, samples: int, flags: list[s
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="--reproduce and --filter pass every other flag on to sd.py, e.g. --model FOLDER --data FILE.jsonl",
+        epilog="--reproduce and --filter pass what follows -- on to sd.py: eval.py --reproduce -- --model FOLDER --data FILE",
     )  # fmt: skip
     parser.error = sd.refuse
     parser.add_argument("runs", nargs="*", help="run folders written by sd.py, to be compared")
@@ -608,12 +610,14 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        args, flags = parser.parse_known_args(argv)
+        argv = list(sys.argv[1:] if argv is None else argv)
+        own = argv.index("--") if "--" in argv else len(argv)
+        args, flags = parser.parse_args(argv[:own]), argv[own + 1 :]
         for name in ("samples", "problems", "seeds"):
             if (getattr(args, name) or 1) < 1:
                 raise sd.Refusal(f"argument --{name}: {getattr(args, name)} is out of range; the least is 1")
         if flags and not (args.reproduce or args.filter):
-            raise sd.Refusal(f"unknown argument {flags[0]}")
+            raise sd.Refusal(f"argument {flags[0]}: only --reproduce and --filter pass flags on to sd.py")
         if args.reproduce:
             print(reproduce(Path(args.out or "runs/reproduce"), args.seeds, flags))
         elif args.tokens:

@@ -98,7 +98,7 @@ class Config:
     stop_at_first_edit: bool = knob(False, "critique only: score no token past the first that was mended (ours)")
     teacher_thinking: bool = knob(False, "teacher's template thinks, student's does not (paper: yes)")
     max_prompt_tokens: int = knob(0, "cap of the teacher's prompt, tokens; 0: the model's window", low=0)
-    steps: int = knob(70, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
+    steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
     attempts_per_step: int = knob(32, "rollouts a step, in every condition (paper)", low=1)
     group_size: int = knob(8, "grpo only: rollouts a problem (paper)", low=2)
     lr: float = knob(5e-6, "AdamW's, constant (paper)", low=0)

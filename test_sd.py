@@ -69,7 +69,7 @@ def rollouts_of(chat, cfg, n=6, seed=0) -> list[sd.Rollout]:
     rollouts = sd.attempt(chat, problems, cfg, torch.Generator().manual_seed(seed))
     for i, r in enumerate(rollouts):
         r.context, r.advantage = r.problem.solution, (-1.0) ** i * (i + 1)
-        r.sample = r.sample._replace(ids=r.sample.ids[: len(r.sample.ids) - i])  # uneven, as real ones are
+        r.sample = r.sample._replace(ids=r.sample.ids[: max(1, len(r.sample.ids) - i)])  # uneven, as real ones are
     return sd.pack(chat, rollouts, cfg)
 
 
@@ -239,7 +239,7 @@ def test_the_step_equals_a_plain_full_batch_one(chat, condition, kl):
     rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
     chat.model.activation_checkpointing_enable({"use_reentrant": False})
     got = gradients(chat, rollouts, cfg)
-    chat.model.gradient_checkpointing_disable()
+    chat.model.eval()  # here checkpointing is off
     chat.model.zero_grad()
     loss, total = 0.0, sum(len(r.sample.ids) for r in rollouts)
     for r in rollouts:
@@ -432,14 +432,41 @@ def test_the_first_end_token_is_scored_and_padding_never(chat):
     torch.testing.assert_close(hidden[:2] @ chat.head.T, logits, atol=1e-5, rtol=1e-5)
 
 
-def test_student_and_teacher_rows_hold_the_very_ids_that_were_drawn(chat):
-    """Fails if a prompt is rendered twice or a boundary moves (2), or if the headers differ (4)."""
-    cfg = config()
-    for r in rollouts_of(chat, cfg):
-        again = sd.generate(chat, [r.prompt], max_new_tokens=3)
-        assert r.prompt == chat.encode(critic_prompts.FORMATS["toy"].student(r.problem.question))
-        assert r.teacher_prompt[-chat.header_length :] == r.prompt[-chat.header_length :] == [2]
-        assert len(again[0].ids) > 0 and chat.decode(r.teacher_prompt).startswith(r.problem.question)
+@pytest.mark.parametrize("stop", [False, True])
+def test_both_rows_end_in_the_very_ids_that_were_drawn(chat, stop):
+    """Watches what reaches the network. Fails if a prompt is rendered twice, a boundary moves (2), the two headers differ
+    (4), or ids change on their way; with --stop-at-first-edit, if more or less than the first edit is scored."""
+    cfg = config(micro_batch=1, stop_at_first_edit=stop)
+    rollouts = rollouts_of(adapt(chat, cfg), cfg)
+    for r in rollouts:
+        r.context = chat.decode(r.sample.ids)[:3] + "####9"
+    rollouts, rows = sd.pack(chat, rollouts, cfg), []
+    handle = chat.model.base_model.register_forward_pre_hook(lambda m, a, k: rows.append(k["input_ids"][0].tolist()), with_kwargs=True)
+    sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.1), rollouts, cfg)
+    handle.remove()
+    for r, student, teacher in zip(rollouts, rows[::2], rows[1::2]):
+        scored = r.sample.ids[: sd.first_edit(chat, r.sample.ids, r.context) + 1] if stop else r.sample.ids
+        question = critic_prompts.FORMATS["toy"].student(r.problem.question)
+        assert student == chat.encode(question) + scored
+        assert teacher == chat.encode(critic_prompts.FORMATS["toy"].teacher(r.problem.question, r.context)) + scored
+        assert student[: -len(scored)][-1] == teacher[: -len(scored)][-1] == 2
+
+
+def test_the_first_edit_is_found_for_any_tokenizer():
+    """Against a scan over all prefixes, with letters cut between tokens. Fails if half a letter counts as an edit, or the
+    search is off by one."""
+
+    class Bytes:  # every byte is a token
+        def decode(self, ids, **_):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    chat = sd.Chat(None, Bytes(), [0], 100)
+    attempt = "naïve: 2€ + 3€ = 6€"
+    ids = list(attempt.encode())
+    for critique in (attempt, attempt + " more", "naïve: 2€ + 3€ = 5€", "naïve: 2£", "x", "", "naÿ"):
+        same = len(os.path.commonprefix([attempt.encode(), critique.encode()]))
+        scan = next((t for t in range(len(ids)) if not critique.startswith(chat.decode(ids[: t + 1]).rstrip("\ufffd"))), len(ids))
+        assert sd.first_edit(chat, ids, critique) == scan and same <= scan <= same + 3
 
 
 THINKS = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}=={% endif %}{% endif %}"
@@ -913,6 +940,33 @@ def test_help_names_every_knob_with_its_default(capsys):
         assert f"--{name} " in text or f"--{name}," in text
 
 
+# ---- README
+
+
+def test_the_readmes_step_by_hand_runs(toy, monkeypatch, capsys):
+    """Fails if the block on the README's page no longer fits the code."""
+    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    assert block.count("\n") <= 26
+    monkeypatch.setattr(sd, "toy_world", lambda: toy)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    losses = [float(value) for value in re.findall(r"'loss': ([\d.e-]+)", printed)]
+    assert len(losses) == 3 and losses[2] < losses[0] and "critique s" in printed
+
+
+def test_the_readme_names_only_flags_and_functions_that_exist(capsys):
+    """Fails if a flag or a function of the README was renamed in the code."""
+    readme = (HERE / "README.md").read_text("utf-8")
+    for main in (sd.main, evaluation.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
+    for name in re.findall(r"^\| \(\d\).*\| (.*) \|$", readme, re.MULTILINE):
+        assert all(hasattr(sd, function) for function in re.findall(r"`(\w+)`", name))
+    assert any("python sd.py" in line for line in readme.splitlines()[:30])
+
+
 # ---- eval
 
 
@@ -948,3 +1002,97 @@ def test_eval_compares_runs_with_their_base_and_repeats_to_the_digit(tmp_path, f
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 5 * 3 and set(rows[0]) == {"run", "problem", "wanted", "text", "answer", "correct", "length", "truncated"}
     assert first.strip() == (tmp_path / "eval.md").read_text().strip()
+
+
+def toy_rollout(chat, problem, text, answer):
+    ids = chat.tokenizer(text)["input_ids"] + [0]
+    prompt = chat.encode(critic_prompts.FORMATS["toy"].student(problem))
+    return sd.Rollout(sd.Problem(problem, "", answer), prompt, sd.Sample(ids, False, 0.0), text, float(sd.is_correct(text, answer)))
+
+
+@pytest.mark.parametrize("critique, place", [
+    ("s7+6=3s3*3=9s9+1=0####0", (6, 12, 11)), ("s7+6=3t3*3=9s9+1=0####0", (6, 12, 6)), ("s7+6=4s", (0, 6, 5)),
+    ("s7+6=3s3*3=6s6+1=7####8", (18, 21, 19)), ("", (0, 6, 0)),
+])  # fmt: skip
+def test_the_first_wrong_step_is_the_one_in_which_the_critique_departs(chat, critique, place):
+    """Fails if a step's bounds are off by a token, or an edit in the answer is blamed on the last step."""
+    rollout = toy_rollout(chat, "7+6*3+1", "s7+6=3s3*3=6s6+1=7####7", "0")
+    assert evaluation.wrong_step(chat, rollout, critique, critic_prompts.FORMATS["toy"]) == place
+
+
+def test_a_text_without_steps_counts_its_lines(chat):
+    """Fails if an attempt in free text, as weak models write, breaks the localisation."""
+    plain = critic_prompts.FORMATS["steps"]
+    rollout = toy_rollout(chat, "7", "12345", "0")
+    assert evaluation.wrong_step(chat, rollout, "129", plain) == (0, 6, 2)
+
+
+def test_localisation_equals_numbers_worked_by_hand(chat):
+    """Fails if positive advantage is counted as negative, right and wrong attempts mix, or shares are means of shares."""
+    wrong = toy_rollout(chat, "7", "s7+6=3####3", "4")
+    right = toy_rollout(chat, "7", "s7+6=3####3", "3")
+    a = [np.array([-1.0, 5.0, -3.0, -4.0]), np.array([0.5, -0.5, 0.0, -1.0]), np.array([-8.0, 0, 0, 0]), None]
+    places = [(1, 3, 2), None, (0, 1, 0), None]
+    got = {k: v["value"] for k, v in evaluation.localise([wrong, right, wrong, wrong], 2, a, places).items()}
+    assert list(got.values()) == pytest.approx([1 / 16, 11 / 16, 4 / 16, 0.5, 0.5, -1.0])
+
+
+def test_the_page_shows_what_a_model_wrote_as_text():
+    """Fails if a response can run a script in the reader's browser, or an escape code reaches the terminal."""
+    evil = "<script>alert('x')</script>\x1b[2J"
+    row = {"advantage": [-1.0, 2.0], "context": evil, "teacher": [evil, evil]}
+    e = {"problem": evil, "answer": evil, "right": False, "tokens": [evil, "b"], "edit": 0, "rows": {evil: row}}
+    text = evaluation.page([e], evil)
+    assert "<script" not in text and "&lt;script&gt;" in text and 'class="n e"' in text and "http" not in text
+    assert "\x1b[2J" not in evaluation.terminal({**e, "problem": "p", "answer": "a", "rows": {"critique": row}})
+
+
+def test_tokens_runs_on_a_trained_toy(toy, tmp_path, monkeypatch, capsys):
+    """The whole study, on a base of 200 steps. Fails if a context's advantage is that of another, or critique and
+    reference do not differ where the paper says they do."""
+    monkeypatch.setattr(sd, "toy_world", lambda: toy)
+    monkeypatch.chdir(tmp_path)
+    assert sd.main(["--preset", "toy", "--steps", "0", "--final-problems", "0"]) == 0
+    assert evaluation.main(["--tokens", "runs/critique", "--problems", "20"]) == 0
+    first = capsys.readouterr().out
+    assert evaluation.main(["--tokens", "runs/critique", "--problems", "20"]) == 0
+    assert capsys.readouterr().out in first
+    numbers = json.loads((tmp_path / "runs/critique/tokens.json").read_text())["numbers"]
+    before = {name: row["wrong: negative A before the first wrong step"] for name, row in numbers.items()}
+    assert before["critique (copy)"]["high"] < before["reference"]["low"]
+    assert set(before) == {"critique (copy)", "critique (quote)", "critique (omit)", "reference"}
+
+
+def test_reproduce_goes_on_where_it_stopped_and_repeats_to_the_digit(folder, tmp_path, monkeypatch, capsys):
+    """Fails if a finished run is trained again, or the table depends on when it was made."""
+    monkeypatch.setattr(evaluation, "ARMS", {k: v for k, v in evaluation.ARMS.items() if k in ("grpo", "reference", "critique")})
+    monkeypatch.setitem(evaluation.ARMS, "critique", ["--condition", "reference", "--temperature", "0.9"])  # the tiny model is no critic
+    flags = ["--reproduce", "--seeds", "2", "--out", str(tmp_path / "r"), "--", "--preset", "toy", "--model", str(folder), "--data", str(folder / "problems.jsonl"),
+             "--steps", "2", "--test-problems", "5", "--validation-problems", "4", "--eval-samples", "2", "--lora-rank", "4", "--attempts-per-step", "4",
+             "--group-size", "2", "--max-new-tokens", "12"]  # fmt: skip
+    assert evaluation.main(flags) == 0
+    first = (tmp_path / "r/table.md").read_text()
+    monkeypatch.setattr(sd, "train", lambda cfg: pytest.fail("trained again"))
+    assert evaluation.main(flags) == 0 and (tmp_path / "r/table.md").read_text() == first
+    assert len(list((tmp_path / "r").glob("*-seed1"))) == 3 and "| critique − grpo |" in first and "nan" not in first
+
+
+def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkeypatch, capsys):
+    """Fails if never-solved or often-solved problems are kept, a row is changed, or a second call samples again."""
+    rows = [{"problem": f"{i}+1", "solution": "s", "answer": "1", "extra": i} for i in range(6)]
+    pool, out = tmp_path / "pool.jsonl", tmp_path / "hard.jsonl"
+    pool.write_text("\n".join(map(json.dumps, [*rows, rows[0], {"problem": ""}])))
+    solved, asked = {"0+1": 0, "1+1": 1, "2+1": 1, "3+1": 2, "4+1": 4, "5+1": 0}, []
+
+    def evaluate(chat, problems, cfg, seed):
+        asked.extend(problems)
+        return [[{"correct": k < solved[p.question]} for k in range(cfg.eval_samples)] for p in problems]
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    own, passed = ["--filter", str(pool), "--out", str(out), "--samples", "4"], ["--preset", "toy", "--model", str(folder), "--max-new-tokens", "12"]
+    assert evaluation.main([*own, "--", *passed]) == 2 and "line 8" in capsys.readouterr().err
+    for _ in range(2):
+        assert evaluation.main([*own, "--", *passed, "--skip-bad-rows"]) == 0
+        assert [json.loads(line) for line in out.read_text().splitlines()] == rows[1:3]
+        assert "1 duplicate, 1 bad row, 2 never solved, 2 solved 0.3125" in capsys.readouterr().out
+    assert len(asked) == 6
