@@ -126,6 +126,13 @@ def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
     return sd.Config(**state["config"]), state["adapters"]
 
 
+def trained(cfg: sd.Config, weights: dict) -> sd.Chat:
+    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    sd.load_adapters(chat.model, weights)
+    return chat
+
+
 def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, samples: int | None, out: Path) -> str:
     """The table of the base and the runs; all generations go to out/eval.jsonl, the table to out/eval.md."""
     runs = {folder: load_run(folder, checkpoint) for folder in folders}
@@ -135,15 +142,11 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
             if getattr(cfg, name) != getattr(base, name):
                 raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
     base = sd.replace(base, eval_samples=samples or base.eval_samples)
-    problems = sd.load_problems(base, sd.load_model(base.model, base.dtype, base.device)).test[:count]
-    attempts = {}
-    for name in ["base", *folders]:
-        chat = sd.load_model(base.model, base.dtype, base.device)
-        if name != "base":
-            cfg, adapters = runs[name]
-            sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-            sd.load_adapters(chat.model, adapters)
-        attempts[name] = evaluate(chat, problems, base)
+    chat = sd.load_model(base.model, base.dtype, base.device)
+    problems = sd.load_problems(base, chat).test[:count]
+    attempts = {"base": evaluate(chat, problems, base)}
+    for folder, (cfg, weights) in runs.items():
+        attempts[folder] = evaluate(trained(cfg, weights), problems, base)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "eval.jsonl", "w", encoding="utf-8") as file:
         for name, rows in attempts.items():
@@ -423,9 +426,7 @@ def test_scores(folder: Path, checkpoint: str) -> dict[str, float]:
     kept = folder / f"test-{checkpoint}.json"
     if not kept.exists():
         cfg, weights = load_run(str(folder), checkpoint)
-        chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
-        sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-        sd.load_adapters(chat.model, weights)
+        chat = trained(cfg, weights)
         result = scores(evaluate(chat, sd.load_problems(cfg, chat).test, cfg))
         kept.write_text(json.dumps({name: float(values.mean()) for name, values in result.items()}))
     return json.loads(kept.read_text())
@@ -553,7 +554,7 @@ def filter_pool(pool: Path, out: Path, below: float, samples: int, flags: list[s
     given = flags if "--data" in flags else [*flags, "--data", str(pool)]
     cfg, _ = sd.parse_config([*given, "--eval-samples", str(samples)])
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
-    rows, dropped = {}, {"duplicate": 0}
+    rows, dropped = {}, {"duplicate": 0, "bad": 0}
     for where, row in sd.read_rows(pool):
         try:
             problem = sd.read_row(row)
@@ -561,7 +562,7 @@ def filter_pool(pool: Path, out: Path, below: float, samples: int, flags: list[s
         except ValueError as error:
             if not cfg.skip_bad_rows:
                 raise sd.Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
-            dropped["bad row"] = dropped.get("bad row", 0) + 1
+            dropped["bad"] += 1
             continue
         dropped["duplicate"] += sd.normalise(problem.question) in rows
         rows.setdefault(sd.normalise(problem.question), (problem, row))
@@ -583,7 +584,7 @@ def filter_pool(pool: Path, out: Path, below: float, samples: int, flags: list[s
     dropped[f"solved {below:g} or more of the time"] = sum(known[key] >= below for key in rows)
     chosen = [row for key, (_, row) in rows.items() if 0 < known[key] < below]
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), "utf-8")
-    return f"kept {len(chosen)} of {len(rows) + sum(list(dropped.values())[:-2])} rows in {out}; dropped: " + ", ".join(f"{n} {why}" for why, n in dropped.items())
+    return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {sd.spell(dropped)}"
 
 
 # ------------------------------------------------------------------------------------------------------------

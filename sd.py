@@ -231,33 +231,40 @@ class Split(NamedTuple):
     train: list[Problem]
     validation: list[Problem]
     test: list[Problem]
-    duplicates: int  # rows dropped as such
-    bad: int
+    dropped: dict[str, int]  # rows, by reason
 
 
 def load_problems(cfg: Config, chat: "Chat") -> Split:
     """Read and split --data. The split is a function of the texts alone: neither order nor seed moves a problem."""
-    path, found, duplicates, bad = find_data(cfg.data), {}, 0, 0
+    path, found = find_data(cfg.data), {}
+    dropped = {"duplicate": 0, "without a solution": 0, "bad": 0}
     for where, row in read_rows(path):
+        if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
+            dropped["without a solution"] += 1
+            continue
         try:
             problem = read_row(row)
             check_length(problem, chat, cfg)
         except ValueError as error:
             if not cfg.skip_bad_rows:
                 raise Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
-            bad += 1
+            dropped["bad"] += 1
             continue
         key = normalise(problem.question)
-        duplicates += key in found
+        dropped["duplicate"] += key in found
         found.setdefault(key, problem)
     held_out = cfg.test_problems + cfg.validation_problems
     if len(found) <= held_out:
         raise Refusal(
-            f"{path}: {len(found)} distinct problems ({duplicates} duplicates and {bad} bad rows dropped) leave none to "
-            f"train on beside {held_out} held out; add problems or lower --test-problems and --validation-problems"
+            f"{path}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on beside {held_out} "
+            f"held out; add problems or lower --test-problems and --validation-problems"
         )
     problems = [found[key] for key in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())]
-    return Split(problems[held_out:], problems[cfg.test_problems : held_out], problems[: cfg.test_problems], duplicates, bad)
+    return Split(problems[held_out:], problems[cfg.test_problems : held_out], problems[: cfg.test_problems], dropped)
+
+
+def spell(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
 def check_length(problem: Problem, chat: "Chat", cfg: Config) -> None:
@@ -324,8 +331,9 @@ def is_correct(text: str, answer: str) -> bool:
     number, wanted = as_number(found), as_number(answer)
     if number is not None and wanted is not None:
         return number == wanted
-    # math-verify computes what it reads, and a tower, a factorial or a long number would hang it
-    if math_verify() and len(found) < 200 and not re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", found):
+    # math-verify computes what it reads: towers, factorials, long numbers and deep nesting would hang it
+    tame = len(found) < 100 and not re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", found)
+    if tame and sum(map(found.count, "({[")) < 12 and math_verify():
         parse = math_verify().parse
         return bool(math_verify().verify(parse(f"${answer}$"), parse(f"${found}$")))
     return False
@@ -359,7 +367,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        self.weight += (self.scale * self.B @ self.A).to(self.weight.dtype)
+        self.weight.copy_(self.weight.float() + self.scale * self.B @ self.A)
         self.B.zero_()
 
 
@@ -1054,6 +1062,8 @@ class Run:
         if cfg.resume:
             self.restore()
             return
+        if self.folder.exists() and not self.folder.is_dir() or self.folder.is_dir() and not self.is_run():
+            raise Refusal(f"--out {self.folder} is there and is no run folder; name another")
         if self.folder.exists():  # never overwrite a run
             old = next(p for n in itertools.count(1) if not (p := Path(f"{self.folder}.{n}")).exists())
             self.folder.rename(old)
@@ -1062,6 +1072,9 @@ class Run:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
         grader = "exact + number" + (" + math-verify" if math_verify() else "")
         self.log({"config": asdict(cfg), "versions": versions, "grader": grader})
+
+    def is_run(self) -> bool:
+        return (self.folder / "log.jsonl").exists() or not any(self.folder.iterdir())
 
     def log(self, entry: dict) -> None:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -1265,7 +1278,7 @@ def train(cfg: Config) -> None:
     print(
         f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
         f"{chat.model.device} | {len(problems.train)} train, {len(problems.validation)} validation, {len(problems.test)} "
-        f"test problems ({problems.duplicates} duplicates and {problems.bad} bad rows dropped)"
+        f"test problems (dropped: {spell(problems.dropped)})"
     )
     failed_steps = 0
     with deferred_interrupt() as interrupted:
@@ -1326,12 +1339,17 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
     return check(replace(cfg, out=cfg.out or f"runs/{cfg.condition}")), why
 
 
+# what may change when a run goes on: nothing that shapes its numbers, but for the critic, which may need mending
+RESUMABLE = {"resume", "out", "preset", "steps", "save_every", "show_every", "final_problems", "export", "device", "critic",
+             "critic_model", "critic_parallel", "critic_timeout", "critic_max_new_tokens", "sample_batch", "micro_batch",
+             "kl_chunk", "gradient_checkpointing"}  # fmt: skip
+
+
 def resume_config(given: dict) -> tuple[Config, str]:
-    """The saved config with the given flags on top, none of which may change what the finished steps would have been."""
-    free = {"resume", "out", "preset", "steps", "save_every", "show_every", "final_problems", "export", "critic_parallel"}
+    """The saved config with the given flags on top."""
     out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
     saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
-    for name in given.keys() - free:
+    for name in given.keys() - RESUMABLE:
         if saved.get(name) != given[name]:
             raise Refusal(f"{out} was trained with {name} {saved.get(name)!r}, not {given[name]!r}; drop the flag, or --resume")
     try:
@@ -1347,6 +1365,8 @@ def check(cfg: Config) -> Config:
             refuse(f"argument --{f.name.replace('_', '-')}: {value} is out of range; the least is {low}")
     if cfg.attempts_per_step % attempts_per_problem(cfg):
         refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}")
+    if cfg.eval_every and not cfg.validation_problems:
+        refuse("argument --eval-every: needs --validation-problems of at least 1")
     if cfg.critic.startswith("http") and not cfg.critic_model:
         refuse("argument --critic: a URL needs --critic-model, the name of the model it serves")
     return cfg

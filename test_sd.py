@@ -726,12 +726,12 @@ def test_hostile_answers_are_cheap(answer):
 ROW = '{"problem": "1+1", "solution": "s1+1=2####2", "answer": "2"}'
 BAD_DATA = [
     ("empty file", b"", "0 distinct"), ("blank lines", b"\n\n \n", "0 distinct"), ("one row", ROW.encode(), "1 distinct"),
-    ("duplicates", (ROW + "\n").encode() * 9, "8 duplicates"), ("case duplicates", (ROW + "\n" + ROW.replace("1+1", "1+1  ")).encode(), "1 duplicates"),
+    ("duplicates", (ROW + "\n").encode() * 9, "8 duplicate"), ("case duplicates", (ROW + "\n" + ROW.replace("1+1", "1+1  ")).encode(), "1 duplicate"),
     ("cut json", b'{"problem": "1', "line 1: is not JSON"), ("cut array", f"[{ROW}, ".encode(), "cut off"), ("array of numbers", b"[1, 2]", "row 1: is not a JSON object"),
     ("not utf-8", b"\xff\xfe{}", "not UTF-8"), ("latin-1", ROW.replace("1+1", "\xe9").encode("latin-1"), "byte 13 is not UTF-8"),
     ("missing field", b'{"problem": "1+1", "answer": "2"}', "'solution' is missing"), ("null", ROW.replace('"2"', "null").encode(), "'answer' is not text"),
     ("bool", ROW.replace('"2"', "true").encode(), "'answer' is not text"), ("list", ROW.replace('"2"', "[2]").encode(), "'answer' is not text"),
-    ("empty text", ROW.replace('"1+1"', '" "').encode(), "'problem' is empty"), ("second line", (ROW + "\n{}").encode(), "line 2: field 'question' is missing"),
+    ("no solution", ROW.replace("s1+1=2####2", "").encode(), "1 without a solution"), ("empty text", ROW.replace('"1+1"', '" "').encode(), "'problem' is empty"), ("second line", (ROW + "\n{}").encode(), "line 2: field 'question' is missing"),
     ("no ####", b'{"question": "1+1", "answer": "2"}', "no '#### ANSWER'"), ("gsm8k empty", b'{"question": "1+1", "answer": "x ####"}', "nothing after its '####'"),
     ("too long", ROW.replace("1+1", "1+" * 99 + "1").encode(), "window of 128"), ("5 MB", ROW.replace("1+1", "1+" * 2_500_000 + "1").encode(), "window of 128"),
     ("deep", b"[" * 100_000, "not JSON"), ("a string", b'"text"', "line 1: is not a JSON object"), ("yaml", b"problem: 1+1", "line 1: is not JSON"),
@@ -757,7 +757,7 @@ def test_good_data_in_every_dress_is_read(chat, tmp_path):
         (tmp_path / "d.json").write_bytes(text.encode())
         cfg = config(data=str(tmp_path / "d.json"), test_problems=2, validation_problems=2, skip_bad_rows="{}" in text)
         split = sd.load_problems(cfg, chat)
-        assert len(split.train) == 5 and split.bad == int("{}" in text)
+        assert len(split.train) == 5 and split.dropped["bad"] == int("{}" in text)
         assert "10" in [p.answer for part in split[:3] for p in part]
 
 
@@ -768,7 +768,7 @@ def test_the_split_is_disjoint_and_moves_with_neither_order_nor_seed(chat, tmp_p
     for k, order in enumerate((rows, rows[::-1] + rows[:7])):
         (tmp_path / "d.jsonl").write_text("\n".join(order))
         splits.append(sd.load_problems(config(data=str(tmp_path / "d.jsonl"), test_problems=10, validation_problems=5, seed=k), chat))
-    assert splits[0][:3] == splits[1][:3] and splits[1].duplicates == 7
+    assert splits[0][:3] == splits[1][:3] and splits[1].dropped["duplicate"] == 7
     texts = [p.question for part in splits[0][:3] for p in part]
     assert len(texts) == len(set(texts)) == 40
 
@@ -905,12 +905,20 @@ def test_a_second_run_moves_the_first_aside(tmp_path, folder):
     assert (tmp_path / "run/checkpoint.pt").exists() and (tmp_path / "run.1/checkpoint.pt").exists()
 
 
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
+    """Fails if --out moves aside, or fills, somebody's other folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 2 and "no run folder" in capfd.readouterr().err
+    assert os.listdir(tmp_path) == ["run"] and os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--lr", "inf"], "--lr"), (["--lr", "x"], "--lr"),
     (["--kl", "backward"], "--kl"), (["--model", "/nowhere"], "/nowhere"), (["--model", "no/such-model"], "no/such-model"),
     (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "hub:a/b/c.json", "--preset", "toy"], "hub:a/b/c.json"), (["--steps", "-1"], "--steps"),
     (["--condition", "grpo", "--attempts-per-step", "9"], "--group-size"), (["--nonsense"], "--nonsense"), (["--critic", "http://x/v1"], "--critic-model"),
-    (["--resume", "--out", "/nowhere"], "/nowhere"), (["--preset", "big"], "--preset"), (["--group-size", "1"], "--group-size"),
+    (["--resume", "--out", "/nowhere"], "/nowhere"), (["--eval-every", "1", "--validation-problems", "0"], "--validation-problems"), (["--preset", "big"], "--preset"), (["--group-size", "1"], "--group-size"),
 ])  # fmt: skip
 def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch, toy):
     """Fails if a mistake ends in a traceback, a usage text, or a run with another value than asked for."""
@@ -1094,5 +1102,5 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
     for _ in range(2):
         assert evaluation.main([*own, "--", *passed, "--skip-bad-rows"]) == 0
         assert [json.loads(line) for line in out.read_text().splitlines()] == rows[1:3]
-        assert "1 duplicate, 1 bad row, 2 never solved, 2 solved 0.3125" in capsys.readouterr().out
+        assert "1 duplicate, 1 bad, 2 never solved, 2 solved 0.3125" in capsys.readouterr().out
     assert len(asked) == 6
