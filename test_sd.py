@@ -520,14 +520,17 @@ def test_a_failed_critique_is_left_out_and_counted(chat):
 
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is queried with the adapter on, or a truncated critique is kept."""
-    conversations = [critic_prompts.FORMATS["toy"].critic("7+6", "s7+6=3####3", None, "copy")]
-    critic = sd.LocalCritic(chat, 10, 8)
+    chat.end_ids = [0, 6, 8, 10, 12, 14]  # so that the random model's replies end
+    conversations = [critic_prompts.FORMATS["toy"].critic(problem, "s7+6=3####3", None, "copy") for problem in ("7+6", "1*3", "4+4")]
+    critic = sd.LocalCritic(chat, 60, 8)
     before = critic(conversations)
+    assert all(reply.text for reply in before)
     adapt(chat, config(), noise=2.0)
-    assert critic(conversations) == before
-    sample = sd.generate(chat, [chat.encode(conversations[0])], max_new_tokens=10)[0]
-    assert sd.LocalCritic(chat, 1, 8)(conversations)[0].text is None and chat.decode(sample.ids) != before[0].text
-    assert sd.LocalCritic(chat, 1000, 8)(conversations) == [sd.Reply(None, 0)]  # does not fit the window
+    prompts = [chat.encode(messages) for messages in conversations]
+    adapted = [sample.ids for sample in sd.generate(chat, prompts, max_new_tokens=60)]
+    assert critic(conversations) == before and [chat.decode(ids) for ids in adapted] != [reply.text for reply in before]
+    assert sd.LocalCritic(chat, 1, 8)(conversations) == [sd.Reply(None, 1)] * 3  # cut off
+    assert sd.LocalCritic(chat, 1000, 8)(conversations) == [sd.Reply(None, 0)] * 3  # does not fit the window
 
 
 @pytest.mark.parametrize("sees", [True, False])
