@@ -12,7 +12,7 @@ Two formats exist: "steps" for chat models, "toy" for the toy world. Each knows 
 """
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class ToyLanguage:
     def problem(self) -> str:
         return str(self.rng.randrange(10)) + "".join(self.rng.choices(self.OPERATIONS, k=self.LENGTH))
 
-    def values(self, problem: str, misread: bool = False, noise: float = 0.0, start: list[int] = []) -> list[int]:
+    def values(self, problem: str, misread: bool = False, noise: float = 0.0, start: Sequence[int] = ()) -> list[int]:
         """The running value after each operation: by the rules, or with the misconception and some noise. The first
         values may be given."""
         values = list(start)

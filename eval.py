@@ -123,7 +123,10 @@ def closing_report(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) ->
 def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
     state = sd.load_checkpoint(Path(folder) / checkpoint)
-    return sd.Config(**state["config"]), state["adapters"]
+    try:
+        return sd.Config(**state["config"]), state["adapters"]
+    except TypeError:
+        raise sd.Refusal(f"{folder} was written by another version of sd.py; train the run anew") from None
 
 
 def trained(cfg: sd.Config, weights: dict) -> sd.Chat:
@@ -141,10 +144,11 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
         for name in ("model", "data", "prompts", "test_problems", "validation_problems", "temperature", "max_new_tokens"):
             if getattr(cfg, name) != getattr(base, name):
                 raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
-    base = sd.replace(base, eval_samples=samples or base.eval_samples)
+    base = replace(base, eval_samples=samples or base.eval_samples)
     chat = sd.load_model(base.model, base.dtype, base.device)
     problems = sd.load_problems(base, chat).test[:count]
     attempts = {"base": evaluate(chat, problems, base)}
+    del chat
     for folder, (cfg, weights) in runs.items():
         attempts[folder] = evaluate(trained(cfg, weights), problems, base)
     out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +158,9 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
                 for a in own:
                     file.write(json.dumps({"run": name, "problem": problem.question, "wanted": problem.answer, **a}) + "\n")
     text = f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {SEED}; 95 % bootstrap intervals over problems\n\n"
-    text += table({Path(name).name: scores(rows) for name, rows in attempts.items()}, base.eval_samples) + "\n"
+    short = {name: Path(name).name for name in attempts}
+    short = short if len(set(short.values())) == len(short) else {name: name for name in attempts}
+    text += table({short[name]: scores(rows) for name, rows in attempts.items()}, base.eval_samples) + "\n"
     (out / "eval.md").write_text(text, "utf-8")
     return text
 
@@ -165,10 +171,12 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> dict:
     """Σ top / Σ bottom with its 95 % bootstrap interval; one entry a problem, so that its attempts stay together."""
+    if not bottom.any():
+        return {"value": None, "low": None, "high": None}
     picks = np.random.default_rng(0).integers(len(top), size=(10_000, len(top)))
-    draws = top[picks].sum(1) / np.maximum(bottom[picks].sum(1), 1e-12)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {"value": float(top.sum() / max(bottom.sum(), 1e-12)), "low": float(low), "high": float(high)}
+    with np.errstate(invalid="ignore"):  # a resample may hold none of the few problems that count
+        low, high = np.nanpercentile(top[picks].sum(1) / bottom[picks].sum(1), [2.5, 97.5])
+    return {"value": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high)}
 
 
 def wrong_step(chat: sd.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[int, int, int]:
@@ -199,7 +207,7 @@ def wrong_step(chat: sd.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[
 def advantages(chat: sd.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config) -> list[np.ndarray | None]:
     """A_t, eq (2), of each attempt's tokens under its context; None where there is none."""
     for r, r.context in zip(rollouts, contexts):
-        r.cut = None
+        r.scored_length = None
     packed = sd.pack(chat, rollouts, replace(cfg, condition="critique", stop_at_first_edit=False))
     found: dict[int, np.ndarray] = {}
     for start in tqdm(range(0, len(packed), cfg.micro_batch), desc="score", leave=False, delay=5, disable=None):
@@ -242,7 +250,7 @@ def localise(rollouts, samples: int, found: list, places: list) -> dict:
         ("before", "before the first wrong step"), ("at", "on it"), ("after", "after it"))}  # fmt: skip
     return {
         **shares,
-        "right: mean |A|": ratio(p["abs"], p["tokens"]),
+        "right: mean abs(A)": ratio(p["abs"], p["tokens"]),
         "right: tokens with A < −0.1": ratio(p["low"], p["tokens"]),
         "right: most negative token": ratio(p["least"], p["right"]),
     }
@@ -258,23 +266,27 @@ def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
     rollouts = sd.attempt(chat, [problem for problem in problems for _ in range(samples)], cfg, generator)
     contexts = {f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0] for style in sd.STYLES}
     contexts["reference"] = [r.problem.solution for r in rollouts]
-    mended = contexts["critique (copy)"]
-    places = [wrong_step(chat, r, c, fmt) if c and not r.reward else None for r, c in zip(rollouts, mended)]
-    places = [place if place and place[2] < len(r.sample.ids) else None for r, place in zip(rollouts, places)]
     found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
+    whole = [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in found)]  # the same for all
+    found = {name: [a if i in whole else None for i, a in enumerate(values)] for name, values in found.items()}
+    mended, places = contexts["critique (copy)"], [None] * len(rollouts)
+    for i in whole:
+        r = rollouts[i]
+        if not r.reward and sd.is_correct(mended[i], r.problem.answer):
+            places[i] = wrong_step(chat, r, mended[i], fmt)
     numbers = {name: localise(rollouts, samples, values, places) for name, values in found.items()}
     grpo = sd.group_advantages([r.reward for r in rollouts], samples)
-    shown = ("critique (copy)", "reference")
-    whole = [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in shown)]
     perfect = lambda i: sd.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
     telling = sorted(whole, key=lambda i: grpo[i] == 0)  # a group with both outcomes first
     picks = [next((i for i in telling if places[i]), None), next((i for i in telling if rollouts[i].reward and perfect(i)), None)]
+    shown = ("critique (copy)", "reference")
     examples = [example(chat, rollouts[i], {n: (found[n][i], contexts[n][i]) for n in shown}, grpo[i], places[i], cfg)
                 for i in picks if i is not None]  # fmt: skip
-    right, wrong = sum(r.reward for r in rollouts), sum(place is not None for place in places)
+    right, wrong = sum(rollouts[i].reward for i in whole), sum(place is not None for place in places)
     text = (
         f"{len(rollouts)} attempts of the base at {len(problems)} held-out problems, seed {SEED}: {right:.0f} right, {wrong} wrong with a "
-        f"critique that mends them; 95 % bootstrap intervals over problems; A in nats\n\n" + numbers_table(numbers)
+        f"critique that reaches the right answer; {len(rollouts) - len(whole)} left out, for a critic failed on them. 95 % bootstrap "
+        f"intervals over problems; A in nats\n\n" + numbers_table(numbers)
     )
     out = Path(folder)
     (out / "tokens.md").write_text(text, "utf-8")
@@ -290,7 +302,8 @@ def numbers_table(numbers: dict) -> str:
         for measure, v in row.items():
             scale, unit = (100, " %") if "negative A" in measure or "tokens with" in measure else (1, "")
             digits = 1 if unit else 2
-            cells.append(f"{scale * v['value']:.{digits}f}{unit} [{scale * v['low']:.{digits}f}, {scale * v['high']:.{digits}f}]")
+            value = lambda key: f"{scale * v[key]:.{digits}f}"
+            cells.append("-" if v["value"] is None else f"{value('value')}{unit} [{value('low')}, {value('high')}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -318,7 +331,7 @@ def shade(a: float) -> tuple[int, int, int]:
 
 def terminal(e: dict) -> str:
     """The strips for a terminal: colours where it has them, else the value of each token that moves."""
-    lines = [f"{'right' if e['right'] else 'wrong'} attempt at {e['problem']!r}, answer {e['answer']}; {LEGEND}; ▼ first edit"]
+    lines = [f"{'right' if e['right'] else 'wrong'} attempt at {e['problem']!r}, answer {e['answer']!r}; {LEGEND}; ▼ first edit"]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for name, row in e["rows"].items():
         cells = []
@@ -373,18 +386,22 @@ ARMS = {
     "reference": ["--condition", "reference"],
     "critique": ["--condition", "critique"],
     "critique, first edit": ["--condition", "critique", "--stop-at-first-edit"],
-    "critique, teacher||student": ["--condition", "critique", "--kl", "teacher||student"],
-    "critique, teacher||student, first edit": ["--condition", "critique", "--kl", "teacher||student", "--stop-at-first-edit"],
+    "critique, teacher‖student": ["--condition", "critique", "--kl", "teacher||student"],
+    "critique, teacher‖student, first edit": ["--condition", "critique", "--kl", "teacher||student", "--stop-at-first-edit"],
 }
 SWEEP = (0.5, 1.0, 2.0)  # times the preset's learning rate
-T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by number of seeds
+T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}  # Student's t, by number of seeds
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % t interval of the mean over the first axis, the seeds; 10 seeds' t for more than 9."""
+    n = len(values)
+    return T_975.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full(values.shape[1:], math.nan)
 
 
 def over_seeds(values: list[float], scale: float = 1.0) -> str:
-    """Mean and half-width of its 95 % t interval."""
     v = scale * np.array(values)
-    half = T_975.get(len(v), 2.0) * v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan
-    return f"{v.mean():.1f} ± {half:.1f}"
+    return f"{v.mean():.1f} ± {half_width(v):.1f}"
 
 
 def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> Path:
@@ -396,12 +413,20 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     if not cfg.eval_every:
         command += ["--eval-every", str(max(1, cfg.steps // 10))]
     if (folder / "checkpoint.pt").exists():
-        if sd.load_checkpoint(folder / "checkpoint.pt")["step"] >= cfg.steps:
+        saved = load_run(str(folder), "checkpoint.pt")[0]
+        for name in sd.asdict(cfg).keys() - sd.RESUMABLE - {"eval_every"}:
+            if getattr(saved, name) != getattr(cfg, name):
+                raise sd.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
+        if sd.load_checkpoint(folder / "checkpoint.pt")["step"] == cfg.steps:
             return folder
         command.append("--resume")
+    for stale in folder.glob("test-*.json"):  # scores of fewer steps
+        stale.unlink()
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
         code = sd.main(command)
+    if code == 130:
+        raise KeyboardInterrupt
     if code:
         raise sd.Refusal(f"training {folder} ended with {code}: {heard.getvalue().strip().splitlines()[-1]}")
     return folder
@@ -434,7 +459,8 @@ def test_scores(folder: Path, checkpoint: str) -> dict[str, float]:
 
 def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     """Train all arms, or go on where an earlier call stopped; writes root/table.md and root/table.json."""
-    base_lr, runs, rates = sd.parse_config([*flags, "--condition", "critique"])[0].lr, {}, {}
+    flags = flags or ["--preset", "toy"]  # also on a machine with CUDA
+    base_lr, runs, rates, edge = sd.parse_config([*flags, "--condition", "critique"])[0].lr, {}, {}, {}
     with tqdm(total=len(ARMS) * (len(SWEEP) + seeds - 1), desc="runs", disable=None) as bar:
         for arm in ARMS:
             swept = {}
@@ -442,6 +468,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
                 swept[base_lr * factor] = curve(train_once(root, arm, base_lr * factor, 0, flags))[-1]["avg"]
                 bar.update()
             rates[arm] = max(swept, key=swept.get)
+            edge[arm] = rates[arm] in (min(swept), max(swept))
             print(f"{arm}: validation Avg by learning rate " + ", ".join(f"{lr:g} → {100 * v:.1f}" for lr, v in swept.items()), flush=True)
             runs[arm] = [train_once(root, arm, rates[arm], seed, flags) for seed in range(seeds)]
             bar.update(seeds - 1)
@@ -449,6 +476,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     problems = sd.load_problems(cfg, chat).test
     base = {name: float(values.mean()) for name, values in scores(evaluate(chat, problems, cfg)).items()}
+    rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
     text = results_text(cfg, base, runs, rates, len(problems), seeds)
     (root / "table.md").write_text(text, "utf-8")
     (root / "table.json").write_text(json.dumps({"rates": rates, "base": base, "runs": {arm: list(map(str, r)) for arm, r in runs.items()}}))
@@ -459,14 +487,14 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
     names = ("Avg", "Pass", "Maj", "length")
     k = cfg.eval_samples
     lines = [f"{problems} test problems × {k} attempts, seeds 0–{seeds - 1}, {cfg.steps} steps of {cfg.attempts_per_step} attempts; mean ± half of the "
-             f"95 % t interval over seeds", ""]  # fmt: skip
+             f"95 % t interval over seeds; * a rate at the edge of the sweep", ""]  # fmt: skip
     for checkpoint, title in (("checkpoint.pt", "final"), ("best.pt", "best on validation")):
         lines += [f"| {title} | lr | Avg@{k} | Pass@{k} | Maj@{k} | length |", "|---" * 6 + "|"]
         lines.append("| base | - | " + " | ".join(f"{(1 if n == 'length' else 100) * base[n]:.1f}" for n in names) + " |")
         for arm, folders in runs.items():
             results = [test_scores(folder, checkpoint) for folder in folders]
             cells = [over_seeds([r[n] for r in results], 1 if n == "length" else 100) for n in names]
-            lines.append(f"| {arm} | {rates[arm]:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {arm} | {rates[arm]} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [f"| paired by seed, final | Avg@{k} |", "|---|---|"]
     for a, b in (("critique", "reference"), ("critique", "grpo"), ("reference", "grpo")):
@@ -477,13 +505,13 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
     steps = [point["step"] for point in curves["critique"][0]]
     early = steps[max(0, len(steps) * 3 // 10 - 1)]
     budget = min(spent(c[-1]) for cs in curves.values() for c in cs)
-    half = lambda c: [point for point in c if spent(point) <= budget / 2] or c[:1]
-    lines += ["", f"| cost, and validation Avg@{k} on the way | rollouts | solver tokens | critic tokens | at step {early} | at {budget // 2:,} sampled tokens | "
-              f"at {budget:,} |", "|---" * 7 + "|"]  # fmt: skip
+    reached = lambda c, tokens: float(np.interp(tokens, [spent(point) for point in c], [point["avg"] for point in c]))
+    lines += ["", f"| cost, and validation Avg@{k} on the way | rollouts | solver tokens | critic tokens | at step {early} | "
+              f"at {budget // 2:,} sampled tokens | at {budget:,} |", "|---" * 7 + "|"]  # fmt: skip
     for arm, cs in curves.items():
         last = cs[0][-1]
-        at = [over_seeds([next(p["avg"] for p in c if p["step"] == early) for c in cs], 100), over_seeds([half(c)[-1]["avg"] for c in cs], 100),
-              over_seeds([[p for p in c if spent(p) <= budget][-1]["avg"] for c in cs], 100)]  # fmt: skip
+        at = [over_seeds([next(point["avg"] for point in c if point["step"] == early) for c in cs], 100)]
+        at += [over_seeds([reached(c, tokens) for c in cs], 100) for tokens in (budget / 2, budget)]
         lines.append(f"| {arm} | {last['rollouts']:,} | {last['solver_tokens']:,} | {last['critic_tokens']:,} | " + " | ".join(at) + " |")
     return "\n".join(lines) + "\n"
 
@@ -500,26 +528,27 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     except ImportError:
         raise sd.Refusal("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "sd", "font.size": 10, "svg.fonttype": "none"}
+    matplotlib.rcParams |= {"svg.hashsalt": "sd", "font.size": 10, "svg.fonttype": "none", "text.parse_math": False}
     import matplotlib.pyplot as plt
 
-    out.mkdir(exist_ok=True)
     for path, command in ((root / "table.json", "--reproduce"), (tokens / "tokens.json", f"--tokens {tokens}")):
         if not path.exists():
             raise sd.Refusal(f"{path} is missing; run python eval.py {command} first")
+    out.mkdir(parents=True, exist_ok=True)
     runs = json.loads((root / "table.json").read_text())["runs"]
+    k = load_run(runs["critique"][0], "checkpoint.pt")[0].eval_samples
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for axis, label in zip(axes, ("step", "sampled tokens (solver + critic)")):
         for arm, colour in COLOURS.items():
             curves = [curve(Path(folder)) for folder in runs[arm]]
             x = np.array([[p["step"] if label == "step" else p["solver_tokens"] + p["critic_tokens"] for p in c] for c in curves]).mean(0)
             y = 100 * np.array([[p["avg"] for p in c] for c in curves])
-            half = T_975.get(len(y), 2.0) * y.std(0, ddof=1) / math.sqrt(len(y)) if len(y) > 1 else 0 * x
+            half = half_width(y)
             axis.plot(x, y.mean(0), color=colour, label=arm, marker="o", markersize=3)
             axis.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel=label, ylim=(0, 102))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("held-out Avg@12, %")
+    axes[0].set_ylabel(f"validation Avg@{k}, %")
     axes[0].legend(frameon=False)
     figure.savefig(out / "curves.svg", metadata={"Date": None})
     examples = json.loads((tokens / "tokens.json").read_text())["examples"]
@@ -531,7 +560,7 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
         axis.imshow(colours, aspect="auto")
         for y, row in enumerate(rows):
             for x, (token, a) in enumerate(zip(e["tokens"][shown], row)):
-                label = token if len(token) < 5 else "end"
+                label = "end" if token == e["tokens"][-1] and len(token) > 6 else token[:6]
                 axis.text(x, y, label, ha="center", va="center", fontsize=9, family="monospace")
                 if a < -0.05:
                     axis.plot([x - 0.3, x + 0.3], [y + 0.33] * 2, color="black", linewidth=1)
@@ -546,39 +575,27 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Difficulty filter, as the paper built its set: keep what the base solves sometimes, but seldom.
+# 5. Difficulty filter, after the paper's: keep what the base solves sometimes, but seldom.
 
 
-def filter_pool(pool: Path, out: Path, below: float, samples: int, flags: list[str]) -> str:
+def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores go to OUT.scores.jsonl as they come, so that the same command goes on."""
-    given = flags if "--data" in flags else [*flags, "--data", str(pool)]
-    cfg, _ = sd.parse_config([*given, "--eval-samples", str(samples)])
+    cfg, _ = sd.parse_config([*flags, "--data", str(pool), "--eval-samples", str(samples)])
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
-    rows, dropped = {}, {"duplicate": 0, "bad": 0}
-    for where, row in sd.read_rows(pool):
-        try:
-            problem = sd.read_row(row)
-            sd.check_length(problem, chat, cfg)
-        except ValueError as error:
-            if not cfg.skip_bad_rows:
-                raise sd.Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
-            dropped["bad"] += 1
-            continue
-        dropped["duplicate"] += sd.normalise(problem.question) in rows
-        rows.setdefault(sd.normalise(problem.question), (problem, row))
+    rows, dropped = sd.read_problems(cfg, chat)
+    how = {name: getattr(cfg, name) for name in ("model", "prompts", "temperature", "max_new_tokens", "eval_samples")}
     kept = Path(f"{out}.scores.jsonl")
-    lines = [line for line in kept.read_text("utf-8").splitlines() if line.endswith("}")] if kept.exists() else []
-    known = {entry["problem"]: entry["avg"] for entry in map(json.loads, lines) if entry["samples"] == samples and entry["model"] == cfg.model}
+    entries = [entry for _, entry in sd.read_rows(kept)] if kept.exists() else []  # a line cut by a kill is no dict
+    known = {e["problem"]: e["avg"] for e in entries if isinstance(e, dict) and e.get("how") == how}
     todo = [(key, problem) for key, (problem, _) in rows.items() if key not in known]
     at_once = max(1, cfg.sample_batch // samples)
     with open(kept, "a", encoding="utf-8") as file:
-        if lines:
-            file.write("\n")
+        file.write("\n")
         for start in tqdm(range(0, len(todo), at_once), desc="problems", unit_scale=at_once, disable=None):
             part = todo[start : start + at_once]
             for (key, _), own in zip(part, evaluate(chat, [problem for _, problem in part], cfg, seed=SEED + start)):
                 known[key] = float(np.mean([a["correct"] for a in own]))
-                file.write(json.dumps({"problem": key, "avg": known[key], "samples": samples, "model": cfg.model}) + "\n")
+                file.write(json.dumps({"problem": key, "avg": known[key], "how": how}) + "\n")
             file.flush()
     dropped["never solved"] = sum(known[key] == 0 for key in rows)
     dropped[f"solved {below:g} or more of the time"] = sum(known[key] >= below for key in rows)
@@ -626,7 +643,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.plot:
             print(plot(Path("runs/reproduce"), Path("runs/critique"), Path(args.out or "assets")))
         elif args.filter:
-            print(filter_pool(Path(args.filter), Path(args.out or "hard.jsonl"), args.below, args.samples or 16, flags))
+            print(filter_pool(args.filter, Path(args.out or "hard.jsonl"), args.below, args.samples or 16, flags))
         elif args.runs:
             out = Path(args.out or Path(args.runs[0]).parent)
             print(evaluate_runs(args.runs, args.checkpoint, args.problems, args.samples, out))

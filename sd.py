@@ -160,8 +160,9 @@ def read_row(row: object) -> Problem:
         if name == "answer" and type(value) in (int, float):
             value = str(value)
         if not isinstance(value, str) or not value.strip():
-            what = "missing" if name not in row else "empty" if value == "" or isinstance(value, str) else "not text"
+            what = "missing" if name not in row else "empty" if isinstance(value, str) else "not text"
             raise ValueError(f"field {name!r} is {what}")
+        value.encode()  # half of a surrogate pair is a ValueError here, not a crash of the tokenizer in mid-run
         texts.append(value.strip())
     if gsm8k:
         if "####" not in texts[1]:
@@ -201,8 +202,8 @@ def find_data(name: str) -> Path:
     if not name.startswith("hub:"):
         return Path(name)
     owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
+    offline = not hub_answers()
     try:
-        offline = not hub_answers()
         return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset", local_files_only=offline))
     except Exception as error:  # the hub's client raises a dozen unrelated types, which mean the same to the user
         reason = "the hub does not answer" if offline else type(error).__name__
@@ -216,7 +217,7 @@ def hub_answers() -> bool:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 
@@ -234,11 +235,12 @@ class Split(NamedTuple):
     dropped: dict[str, int]  # rows, by reason
 
 
-def load_problems(cfg: Config, chat: "Chat") -> Split:
-    """Read and split --data. The split is a function of the texts alone: neither order nor seed moves a problem."""
-    path, found = find_data(cfg.data), {}
-    dropped = {"duplicate": 0, "without a solution": 0, "bad": 0}
-    for where, row in read_rows(path):
+def read_problems(cfg: Config, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], dict[str, int]]:
+    """({normalised text: (problem, its row)}, rows dropped by reason). A Refusal names file, line and field of a bad row."""
+    found, dropped = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}
+    if cfg.max_new_tokens >= chat.window:
+        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}")
+    for where, row in read_rows(find_data(cfg.data)):
         if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
             dropped["without a solution"] += 1
             continue
@@ -252,15 +254,22 @@ def load_problems(cfg: Config, chat: "Chat") -> Split:
             continue
         key = normalise(problem.question)
         dropped["duplicate"] += key in found
-        found.setdefault(key, problem)
-    held_out = cfg.test_problems + cfg.validation_problems
+        found.setdefault(key, (problem, row))
+    return found, dropped
+
+
+def load_problems(cfg: Config, chat: "Chat") -> Split:
+    """Read and split --data. The split is a function of the texts alone: neither order nor seed moves a problem."""
+    found, dropped = read_problems(cfg, chat)
+    test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
     if len(found) <= held_out:
         raise Refusal(
-            f"{path}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on beside {held_out} "
+            f"{cfg.data}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on beside {held_out} "
             f"held out; add problems or lower --test-problems and --validation-problems"
         )
-    problems = [found[key] for key in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())]
-    return Split(problems[held_out:], problems[cfg.test_problems : held_out], problems[: cfg.test_problems], dropped)
+    keys = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+    problems = [found[key][0] for key in keys]
+    return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
 
 
 def spell(counts: dict[str, int]) -> str:
@@ -269,9 +278,8 @@ def spell(counts: dict[str, int]) -> str:
 
 def check_length(problem: Problem, chat: "Chat", cfg: Config) -> None:
     room = chat.window - cfg.max_new_tokens
-    if len(problem.question.encode()) <= room // 2:  # a token holds at least a byte: no need to count tokens
-        return
-    if len(problem.question) > 64 * room or len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) > room:
+    size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
+    if size > room // 2 and (size > 64 * room or len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) > room):
         raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens {cfg.max_new_tokens}")
 
 
@@ -361,7 +369,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self.enabled:  # the casts give the base's speed and float32 gradients
+        if self.enabled:  # the casts give the base's speed; gradients accumulate in float32
             y = y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return y
 
@@ -389,7 +397,7 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the initial policy, bit for bit. Run no backward in here: checkpointing recomputes blocks
+    """Inside, and until `merge`, the model is the initial policy, bit for bit. Run no backward in here: checkpointing recomputes blocks
     during backward, and would recompute them without the adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     before = [layer.enabled for layer in layers]
@@ -459,16 +467,17 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
         raise Refusal(f"cannot load model {name} ({reason}); give a local folder, or --preset toy") from None
     if not tokenizer.chat_template:
         raise Refusal(f"{name} has no chat template; choose an instruction-tuned model")
-    stops = [c.eos_token_id for c in (tokenizer, model.config, model.generation_config) if c is not None]
+    text_config = model.config.get_text_config()
+    stops = [getattr(c, "eos_token_id", None) for c in (tokenizer, text_config, model.generation_config)]
     end_ids = {i for stop in stops for i in (stop if isinstance(stop, list) else [stop]) if i is not None}
     if not end_ids:
         raise Refusal(f"{name} names no end token, so no attempt would stop; set eos_token in tokenizer_config.json")
     for module in model.modules():  # dropout would tell the student from the teacher by noise
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    window = getattr(model.config, "max_position_embeddings", 1 << 20)
+    window = getattr(text_config, "max_position_embeddings", 1 << 20)
     chat = Chat(model.requires_grad_(False), tokenizer, sorted(end_ids), window)
     check_head(chat, name)
     return chat
@@ -476,7 +485,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
 
 def check_head(chat: Chat, name: str) -> None:
     """Refuse a head that is not logits = h Wᵀ, as the fused losses assume."""
-    head, config = chat.model.get_output_embeddings(), chat.model.config
+    head, config = chat.model.get_output_embeddings(), chat.model.config.get_text_config()
     reason = ""
     if getattr(config, "final_logit_softcapping", None):
         reason = "soft-caps its logits (final_logit_softcapping)"
@@ -511,7 +520,7 @@ def generate(
     """One response for each prompt. Temperature 0 is greedy; else the full softmax is drawn from, since the loss scores
     the full softmax: no top-k, no top-p, whatever the model's generation config says.
 
-    Each row has uniforms of its own, drawn on the CPU: its text depends neither on its neighbours nor on the device.
+    Each row has uniforms of its own, drawn on the CPU: its randomness depends neither on its neighbours nor on the device.
     """
     uniform = torch.rand(len(prompts), max_new_tokens if temperature else 0, generator=generator)
     chat.model.eval()
@@ -559,7 +568,7 @@ def generate_batch(
             bar.update(len(rows) - len(keep))
             if len(keep) == 0:
                 break
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)  # not batch_select_indices, which linear-attention layers lack
             rows, token, position, mask = rows[keep], token[keep], position[keep], mask[keep]
         ids, position, mask = token[:, None], position[:, -1:] + 1, F.pad(mask, (0, 1), value=1)
     bar.update(B - int(ended.sum()))
@@ -577,20 +586,20 @@ class Rollout:
     text: str
     reward: float  # 1 if right, else 0
     context: str | None = None  # c of eq (1); None: no teacher, or no critique
-    cut: int | None = None  # response tokens that are scored; None: all
+    scored_length: int | None = None  # response tokens that are scored; None: all
     teacher_prompt: list[int] | None = None
     advantage: float | None = None  # eq (3)
 
     @property
     def scored(self) -> list[int]:
-        return self.sample.ids[: self.cut]
+        return self.sample.ids[: self.scored_length]
 
 
 def attempt(chat: Chat, problems: list[Problem], cfg: Config, generator: torch.Generator) -> list[Rollout]:
     prompts = [chat.encode(FORMATS[cfg.prompts].student(problem.question)) for problem in problems]
-    form = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, batch=cfg.sample_batch)
+    options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, batch=cfg.sample_batch)
     rollouts = []
-    for problem, prompt, sample in zip(problems, prompts, generate(chat, prompts, generator=generator, **form)):
+    for problem, prompt, sample in zip(problems, prompts, generate(chat, prompts, generator=generator, **options)):
         text = chat.decode(sample.ids)
         rollouts.append(Rollout(problem, prompt, sample, text, float(is_correct(text, problem.answer))))
     return rollouts
@@ -658,29 +667,37 @@ class HTTPCritic:
                 self.last_error = f"HTTP {error.code}"
                 if error.code != 429 and error.code < 500:
                     break
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 self.last_error = f"{type(error).__name__}: {error}"[:100]
         return Reply(None, 0)
 
     def post(self, messages: list[dict]) -> Reply:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_new_tokens}
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):  # read here and kept nowhere: no config, log or message holds it
+        # read here and kept nowhere: no config, log or message holds it; http.client would quote one with a line end
+        if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = json.loads(response.read())
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"]["content"]
-        return Reply(None if choice.get("finish_reason") == "length" else text, int(usage.get("completion_tokens", 0)))
+        if not isinstance(text, str | None):
+            raise TypeError("content is not text")
+        tokens = int(usage.get("completion_tokens") or 0)
+        return Reply(None if choice.get("finish_reason") == "length" else text, tokens)
 
 
 def load_critic(cfg: Config, chat: Chat) -> Critic:
     length = cfg.critic_max_new_tokens or 2 * cfg.max_new_tokens
-    if cfg.critic.startswith(("http://", "https://")):
+    if is_url(cfg.critic):
         return HTTPCritic(cfg.critic, cfg.critic_model, length, cfg.critic_parallel, cfg.critic_timeout)
     frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg.dtype, cfg.device)
-    return LocalCritic(frozen, length, cfg.sample_batch)
+    return LocalCritic(frozen, cfg.critic_max_new_tokens or min(length, frozen.window // 2), cfg.sample_batch)
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[list[str | None], int]:
@@ -691,7 +708,7 @@ def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[
         solution = r.problem.solution if cfg.critic_sees_reference else None
         conversations.append(fmt.critic(r.problem.question, r.text, solution, cfg.critic_style))
     replies = critic(conversations)
-    traces = [fmt.trace(strip_thinking(reply.text or "")) for reply in replies]
+    traces = [fmt.trace(strip_thinking(reply.text or "")[:200_000]) for reply in replies]
     return [t if t and extract_answer(t) else None for t in traces], sum(reply.tokens for reply in replies)
 
 
@@ -762,7 +779,7 @@ def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
             n = chat.header_length
             assert r.teacher_prompt[-n:] == r.prompt[-n:], "prompts end in different generation headers"
         if r.teacher_prompt and cfg.stop_at_first_edit and cfg.condition == "critique":
-            r.cut = first_edit(chat, r.sample.ids, r.context) + 1
+            r.scored_length = first_edit(chat, r.sample.ids, r.context) + 1
     return [r for r in rollouts if r.teacher_prompt]
 
 
@@ -792,6 +809,12 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
     # the state at t predicts token t + 1: the prompt's last one scores the first response token. Off by one still
     # trains, on the wrong targets
     return torch.cat([h[len(p) - 1 : len(p) - 1 + len(r)] for h, p, r in zip(hidden, prompts, responses)])
+
+
+def teacher_hidden(chat: Chat, rollouts: list[Rollout], responses: list[list[int]]) -> Tensor:
+    """The same of the teacher: adapter off, context in the prompt, no gradient."""
+    with torch.no_grad(), adapters_off(chat.model):
+        return response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -890,8 +913,10 @@ class FusedLogprob(torch.autograd.Function):
             rows = slice(start, start + chunk)
             log_p = log_softmax_of(h[rows], lm_head, temperature)
             logprob[rows] = log_p.gather(1, ids[rows, None])[:, 0]
-            if grad is not None:  # ∂ log p_y / ∂h = (W_y − Σ_v p_v W_v) / temperature
-                grad[rows] = (lm_head[ids[rows]] - log_p.exp_().to(lm_head.dtype) @ lm_head) / temperature
+            if grad is not None:  # ∂ log p_y / ∂z = 1[y=v] − p_v, in float32: W_y − Σ_v p_v W_v would cancel in bfloat16
+                y = ids[rows, None]
+                grad_z = log_p.exp_().neg_().scatter_add_(1, y, torch.ones_like(y, dtype=log_p.dtype))
+                grad[rows] = grad_z.div_(temperature).to(lm_head.dtype) @ lm_head
         ctx.save_for_backward(grad)
         return logprob
 
@@ -916,22 +941,21 @@ def micro_loss(chat: Chat, rollouts: list[Rollout], total: int, cfg: Config) -> 
     Eq (1) with one denominator, `total`, the step's scored tokens: a mean of means, over rollouts or micro-batches,
     would weigh a token by the company it keeps.
     """
-    form = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
+    options = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
     responses = [r.scored for r in rollouts]
     ids = torch.tensor(sum(responses, []), device=chat.model.device)  # (N,)
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, D)
     if CONDITIONS[cfg.condition] is None:  # one update from fresh samples: the importance ratio is 1
-        log_p = fused_logprob(h_student, chat.head, ids, **form)
+        log_p = fused_logprob(h_student, chat.head, ids, **options)
         a = torch.tensor([r.advantage for r in rollouts for _ in r.scored], device=log_p.device)  # eq (3)
         return -(a * log_p).sum() / total, 0.0
-    with torch.no_grad(), adapters_off(chat.model):
-        h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
+    h_teacher = teacher_hidden(chat, rollouts, responses)
     if cfg.kl == "sampled":
-        log_p = fused_logprob(h_student, chat.head, ids, **form)
-        a = fused_logprob(h_teacher, chat.head, ids, **form) - log_p.detach()  # eq (2), a constant weight
+        log_p = fused_logprob(h_student, chat.head, ids, **options)
+        a = fused_logprob(h_teacher, chat.head, ids, **options) - log_p.detach()  # eq (2), a constant weight
         return -(a * log_p).sum() / total, -a.sum().item()
     weight = torch.full((len(ids),), 1 / total, device=h_student.device)
-    loss, per_row = fused_kl(h_student, h_teacher, chat.head, weight, kl=cfg.kl, **form)  # eq (1)
+    loss, per_row = fused_kl(h_student, h_teacher, chat.head, weight, kl=cfg.kl, **options)  # eq (1)
     return loss, per_row.sum().item()
 
 
@@ -962,12 +986,10 @@ def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[T
     """Eq (2) for every response token of each packed rollout: a list of (T,), in nats. For people, not for the loss."""
     responses = [r.sample.ids for r in rollouts]
     ids = torch.tensor(sum(responses, []), device=chat.model.device)
-    form = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
+    options = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
     chat.model.eval()
-    student = fused_logprob(response_hidden(chat, [r.prompt for r in rollouts], responses), chat.head, ids, **form)
-    with adapters_off(chat.model):
-        h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
-    teacher = fused_logprob(h_teacher, chat.head, ids, **form)
+    student = fused_logprob(response_hidden(chat, [r.prompt for r in rollouts], responses), chat.head, ids, **options)
+    teacher = fused_logprob(teacher_hidden(chat, rollouts, responses), chat.head, ids, **options)
     return list((teacher - student).split(list(map(len, responses))))
 
 
@@ -995,10 +1017,10 @@ def measure(rollouts: list[Rollout], scored: list[Rollout], cfg: Config) -> dict
     }
 
 
-def peak_memory() -> float:
+def peak_memory(device: torch.device) -> float:
     """MiB: the CUDA allocator's peak, or the process's on CPU; 0 where the system does not tell (Windows)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:
@@ -1010,7 +1032,7 @@ def log_line(m: dict, steps: int) -> str:
     seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
     return (
         f"step {m['step']:4d}/{steps} loss {m['loss']:8.4f} kl {m['kl']:7.4f} grad {m['grad_norm']:6.3f} "
-        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} cut {m['truncated']:4.0%} entropy {m['entropy']:5.3f} "
+        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} "
         f"failed {m['critic_failed']:2d} copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
         f"{seconds} s {m['cost']['peak_mib']:.0f} MiB"
     )
@@ -1035,7 +1057,8 @@ def show(chat: Chat, rollout: Rollout, cfg: Config) -> None:
 def load_checkpoint(path: Path) -> dict:
     """{config, step, seen, best, adapters, optimizer, rng}: tensors and plain values, nothing that could run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("config", "step", "seen", "best", "adapters", "optimizer", "rng")}
     except FileNotFoundError:
         raise Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
     except Exception as error:
@@ -1062,19 +1085,17 @@ class Run:
         if cfg.resume:
             self.restore()
             return
-        if self.folder.exists() and not self.folder.is_dir() or self.folder.is_dir() and not self.is_run():
+        old_run = (self.folder / "log.jsonl").exists()
+        if self.folder.exists() and not old_run and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise Refusal(f"--out {self.folder} is there and is no run folder; name another")
-        if self.folder.exists():  # never overwrite a run
+        if old_run:  # never overwrite a run
             old = next(p for n in itertools.count(1) if not (p := Path(f"{self.folder}.{n}")).exists())
             self.folder.rename(old)
             print(f"{self.folder} was there; moved to {old}")
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
         grader = "exact + number" + (" + math-verify" if math_verify() else "")
         self.log({"config": asdict(cfg), "versions": versions, "grader": grader})
-
-    def is_run(self) -> bool:
-        return (self.folder / "log.jsonl").exists() or not any(self.folder.iterdir())
 
     def log(self, entry: dict) -> None:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -1095,17 +1116,19 @@ class Run:
         self.generator.set_state(state["rng"])
         self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
         log = self.folder / "log.jsonl"  # steps past the checkpoint will be written again; a kill may have cut a line
-        lines = [line for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= self.step]
+        lines = [line for line in log.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= self.step]
         log.with_suffix(".tmp").write_text("".join(kept), "utf-8")
         os.replace(log.with_suffix(".tmp"), log)
 
     def export(self) -> None:
-        """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights."""
+        """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights, and to
+        bfloat16 weights the sum is rounded, so that OUT/model is close to the trained policy and not equal to it."""
         for layer in self.chat.model.modules():
             if isinstance(layer, LoRALinear):
                 layer.merge()
-        own = {k: v for k, v in self.chat.model.state_dict().items() if k not in adapters(self.chat.model)}
+        trained = adapters(self.chat.model)
+        own = {name: w for name, w in self.chat.model.state_dict().items() if name not in trained}
         self.chat.model.save_pretrained(self.folder / "model", state_dict=own)
         self.chat.tokenizer.save_pretrained(self.folder / "model")
 
@@ -1188,7 +1211,8 @@ def toy_world(steps: int = TOY_STEPS, root: Path = Path("runs/.toy")) -> Path:
     chat.model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems.values()))
-    partial.rename(root / key)  # atomic: an interrupted build is never taken for a finished one
+    with contextlib.suppress(OSError):  # another process was first, and its world is the same
+        partial.rename(root / key)  # atomic: an interrupted build is never taken for a finished one
     return root / key
 
 
@@ -1210,8 +1234,8 @@ def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[Probl
 
 
 @functools.lru_cache(maxsize=2)
-def shuffle(n: int, seed: str) -> list[int]:
-    return random.Random(seed).sample(range(n), n)
+def shuffle(n: int, seed: str) -> tuple[int, ...]:
+    return tuple(random.Random(seed).sample(range(n), n))
 
 
 @contextlib.contextmanager
@@ -1233,7 +1257,7 @@ def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, 
         scored = pack(chat, rollouts, cfg)
         update = train_step(chat, run.optimizer, scored, cfg)
     run.step, run.seen = run.step + 1, run.seen + len(chosen) // attempts_per_problem(cfg)
-    cost["peak_mib"] = round(peak_memory(), 1)
+    cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
     measured = measure(rollouts, scored, cfg)
     return {"step": run.step, **update, **measured, "critic_tokens": critic_tokens, "cost": cost}, rollouts
 
@@ -1252,8 +1276,9 @@ def deferred_interrupt() -> Iterator[list[bool]]:
     pressed: list[bool] = []
 
     def handler(*_):
-        if pressed:
-            raise KeyboardInterrupt
+        if pressed:  # not an exception: a thread pool would first wait for its requests
+            print("sd.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+            os._exit(130)
         pressed.append(True)
         print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
@@ -1269,7 +1294,8 @@ def train(cfg: Config) -> None:
     from eval import closing_report, evaluate, scores  # eval.py imports this file: by now it is loaded
 
     chat = load_model(cfg.model, cfg.dtype, cfg.device)
-    problems, critic = load_problems(cfg, chat), load_critic(cfg, chat)
+    problems = load_problems(cfg, chat)
+    critic = load_critic(cfg if cfg.condition == "critique" else replace(cfg, critic="self"), chat)  # else nobody asks it
     add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -1303,7 +1329,7 @@ def train(cfg: Config) -> None:
     if interrupted:
         raise KeyboardInterrupt
     if failed_steps == 3:
-        raise Refusal(f"every critique failed for 3 steps; saved in {cfg.out}. Mend --critic, then add --resume")
+        raise Refusal(f"every critique failed for 3 steps, or fits no prompt; saved in {cfg.out}. Mend --critic, then add --resume")
     if cfg.final_problems:
         print(closing_report(chat, problems.test[: cfg.final_problems], cfg))
     if cfg.export:
@@ -1367,7 +1393,7 @@ def check(cfg: Config) -> Config:
         refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}")
     if cfg.eval_every and not cfg.validation_problems:
         refuse("argument --eval-every: needs --validation-problems of at least 1")
-    if cfg.critic.startswith("http") and not cfg.critic_model:
+    if is_url(cfg.critic) and not cfg.critic_model:
         refuse("argument --critic: a URL needs --critic-model, the name of the model it serves")
     return cfg
 
@@ -1387,6 +1413,12 @@ def main(argv: list[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"sd.py: {refusal}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("sd.py: out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk and add --resume", file=sys.stderr)
+        return 1
+    except OSError as error:  # disk full, folder not writable
+        print(f"sd.py: {error}", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
         print(f"sd.py: not finite: {error}; nothing was updated, the last checkpoint stands. Lower --lr?", file=sys.stderr)
         return 1

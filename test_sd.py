@@ -168,6 +168,21 @@ def test_sampled_token_form_has_the_gradient_of_kl_student_teacher_in_expectatio
     torch.testing.assert_close(h.grad, exact)
 
 
+def test_the_log_probabilitys_gradient_survives_bfloat16_where_the_model_is_sure():
+    """p_y near 1. Fails if the head's row and its mean under p are subtracted in bfloat16: two nearly equal vectors."""
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(4000, 64, generator=g).bfloat16()
+    ids = torch.arange(8)
+    h = (head[ids].float() * 0.25).bfloat16().requires_grad_(True)
+    p = F.log_softmax(F.linear(h, head).float(), -1)[torch.arange(8), ids].exp()
+    assert ((p > 0.9) & (p < 1)).any()
+    sd.fused_logprob(h, head, ids, temperature=1.0, chunk=3).sum().backward()
+    z = F.linear(h.detach(), head).float().requires_grad_(True)
+    F.log_softmax(z, -1)[torch.arange(8), ids].sum().backward()
+    exact = z.grad @ head.float()
+    assert ((h.grad.float() - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.03
+
+
 @pytest.mark.parametrize("kl", list(sd.KL))
 def test_small_divergences_survive_bfloat16_and_a_large_vocabulary(kl):
     """Fails if the softmax runs in bfloat16: over 50,000 tokens it makes small divergences wrong and negative (27)."""
@@ -545,8 +560,11 @@ def test_who_sees_what(chat, sees):
     cfg = config(critic_sees_reference=sees)
     rollouts = rollouts_of(chat, cfg, n=2)
     sd.query_critic(rollouts, lambda conversations: heard.extend(conversations) or [sd.Reply(None, 0)] * 2, cfg)
-    assert (rollouts[0].problem.solution in str(heard[0])) == sees
-    words = critic_prompts.COPY.lower()
+    solution = rollouts[0].problem.solution
+    assert (solution in str(heard[0])) == sees and solution not in chat.decode(rollouts[0].prompt)
+    rollouts[0].context = "s7+6=3####3"
+    assert solution not in chat.decode(sd.pack(chat, rollouts[:1], cfg)[0].teacher_prompt)
+    words = " ".join(critic_prompts.STYLES.values()).lower()  # names of roles would leak into what the teacher reads
     assert "reference" not in words and "student" not in words
 
 
@@ -564,7 +582,8 @@ class Server(BaseHTTPRequestHandler):
             return
         good = {"choices": [{"message": {"content": "<think>hm</think>s1+1=2####2"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
         good["choices"][0]["finish_reason"] = "length" if how == "cut" else "stop"
-        text = {"garbage": "<html>", "empty": "{}", "null": '{"choices": [{"message": {"content": null}}]}'}.get(how, json.dumps(good))
+        text = {"garbage": "<html>", "empty": "{}", "null": '{"choices": [{"message": {"content": null}}]}',
+                "list": '{"choices": [{"message": {"content": []}}]}', "uncounted": '{"choices": [{"message": {"content": "ok"}}], "usage": {"completion_tokens": null}}'}.get(how, json.dumps(good))
         self.send_response(int(how) if how.isdigit() else 200)
         self.send_header("Content-Length", str(len(text) * (2 if how == "half" else 1)))
         self.end_headers()
@@ -585,7 +604,7 @@ def server():
 
 @pytest.mark.parametrize("how, calls, text", [
     ("good", 1, True), ("flaky", 2, True), ("cut", 1, False), ("null", 1, False), ("400", 1, False), ("404", 1, False),
-    ("500", 3, False), ("429", 3, False), ("garbage", 3, False), ("empty", 3, False), ("half", 3, False), ("silent", 3, False),
+    ("500", 3, False), ("429", 3, False), ("garbage", 3, False), ("empty", 3, False), ("list", 3, False), ("uncounted", 1, True), ("half", 3, False), ("silent", 3, False),
 ])  # fmt: skip
 def test_http_critic_retries_what_may_pass_and_reports_the_rest_as_failed(server, how, calls, text):
     """Fails if a 4xx is retried, a 5xx is not, or any reply raises into the training loop."""
@@ -853,7 +872,7 @@ def test_a_resumed_run_logs_the_same_numbers_as_an_uninterrupted_one(tmp_path, f
     assert run_in(tmp_path / "a", folder, *flags, "--steps", "7") == 0
     assert run_in(tmp_path / "b", folder, *flags, "--steps", "4") == 0
     with open(tmp_path / "b/run/log.jsonl", "a") as log:
-        log.write('{"step": 5, "loss": 1.0, "cost": {}}\n{"step": 6, "lo')  # a kill in the middle of step 6
+        log.write('{"step": 5, "loss": 1.0, "cost": {}}\n{"step": 6, "cost": {}')  # a kill in the middle of step 6
     assert run_in(tmp_path / "b", folder, *flags, "--steps", "7", "--resume") == 0
     assert log_of(tmp_path / "a/run") == log_of(tmp_path / "b/run")
     a, b = (sd.load_checkpoint(tmp_path / x / "run/checkpoint.pt") for x in "ab")
@@ -861,7 +880,7 @@ def test_a_resumed_run_logs_the_same_numbers_as_an_uninterrupted_one(tmp_path, f
     assert len([line for line in log_of(tmp_path / "a/run") if "loss" in line]) == 7
 
 
-def test_kill_9_at_a_random_moment_loses_nothing(tmp_path, folder):
+def test_kill_9_in_mid_run_loses_nothing(tmp_path, folder):
     """Fails if a checkpoint or the log can be left half written."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import sd, test_sd, pathlib; test_sd.run_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:])"
     flags = ["--condition", "reference", "--save-every", "1", "--steps", "400", "--show-every", "0"]
@@ -995,6 +1014,9 @@ def test_intervals_cover_and_repeat():
     error = values.std() / math.sqrt(200)
     assert (low, high) == evaluation.interval(values)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < values.mean() < high
+    one = [{"correct": value > 0.5, "answer": "1", "length": 1, "truncated": False} for value in values]
+    once, twelve = ([[a] * n for a in one] for n in (1, 12))
+    assert evaluation.interval(evaluation.scores(once)["Avg"]) == evaluation.interval(evaluation.scores(twelve)["Avg"])
 
 
 def test_eval_compares_runs_with_their_base_and_repeats_to_the_digit(tmp_path, folder, capsys):
@@ -1055,7 +1077,7 @@ def test_the_page_shows_what_a_model_wrote_as_text():
     e = {"problem": evil, "answer": evil, "right": False, "tokens": [evil, "b"], "edit": 0, "rows": {evil: row}}
     text = evaluation.page([e], evil)
     assert "<script" not in text and "&lt;script&gt;" in text and 'class="n e"' in text and "http" not in text
-    assert "\x1b[2J" not in evaluation.terminal({**e, "problem": "p", "answer": "a", "rows": {"critique": row}})
+    assert "\x1b[2J" not in evaluation.terminal({**e, "rows": {"critique": row}})
 
 
 def test_tokens_runs_on_a_trained_toy(toy, tmp_path, monkeypatch, capsys):
@@ -1083,8 +1105,16 @@ def test_reproduce_goes_on_where_it_stopped_and_repeats_to_the_digit(folder, tmp
              "--group-size", "2", "--max-new-tokens", "12"]  # fmt: skip
     assert evaluation.main(flags) == 0
     first = (tmp_path / "r/table.md").read_text()
-    monkeypatch.setattr(sd, "train", lambda cfg: pytest.fail("trained again"))
-    assert evaluation.main(flags) == 0 and (tmp_path / "r/table.md").read_text() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(sd, "train", lambda cfg: pytest.fail("trained again"))
+        for kept in (tmp_path / "r").rglob("test-*.json"):
+            kept.unlink()
+        assert evaluation.main(flags) == 0 and (tmp_path / "r/table.md").read_text() == first
+        patch.setattr(sd, "main", lambda command: 130)
+        longer = [{"2": "3"}.get(flag, flag) if before == "--steps" else flag for before, flag in zip(["", *flags], flags)]
+        assert evaluation.main(longer) == 130  # Ctrl-C passes through
+    assert evaluation.main(longer) == 0 and (tmp_path / "r/table.md").read_text() != first
+    assert evaluation.main([*longer, "--temperature", "0.5"]) == 2 and "another temperature" in capsys.readouterr().err
     assert len(list((tmp_path / "r").glob("*-seed1"))) == 3 and "| critique − grpo |" in first and "nan" not in first
 
 
@@ -1105,5 +1135,5 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
     for _ in range(2):
         assert evaluation.main([*own, "--", *passed, "--skip-bad-rows"]) == 0
         assert [json.loads(line) for line in out.read_text().splitlines()] == rows[1:3]
-        assert "1 duplicate, 1 bad, 2 never solved, 2 solved 0.3125" in capsys.readouterr().out
+        assert "1 duplicate, 0 without a solution, 1 bad, 2 never solved, 2 solved 0.3125" in capsys.readouterr().out
     assert len(asked) == 6
