@@ -10,6 +10,7 @@ Who sees what (each function below makes a list of chat messages; the model's ow
 The teacher reads both kinds of context through the same words, so that the conditions differ in c and in nothing else.
 Two formats exist: "steps" for chat models, "toy" for the toy world. Each knows how to find the steps of a trace.
 """
+
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -23,14 +24,18 @@ FORMAT = """Write one step at a time. Put each step inside numbered tags and onl
 <step_2>second step</step_2>
 <answer>final answer</answer>"""
 
-STUDENT = """Solve this problem.
+STUDENT = (
+    """Solve this problem.
 
 {problem}
 
-""" + FORMAT
+"""
+    + FORMAT
+)
 
 # the question comes first and the format last, as in STUDENT: an over-long context is cut in its own middle, between them
-TEACHER = """Solve this problem.
+TEACHER = (
+    """Solve this problem.
 
 {problem}
 
@@ -38,7 +43,9 @@ Here is a worked solution to go by. Follow it, and write your own solution out i
 
 {context}
 
-""" + FORMAT
+"""
+    + FORMAT
+)
 
 # The critic's three ways of quoting, `--critic-style`. A transformer copies what its context holds: so, in the paper's
 # account, a wrong line that is quoted is reinforced even when it is refuted, a right line that is left out is
@@ -245,7 +252,11 @@ class ToyLanguage:
         the reply, read but not learnt."""
         right, style = self.values(problem), self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
         if job == "solve":
-            return toy_student(problem), "", self.trace(problem, self.values(problem, misread=True), self.style("solver"))
+            return (
+                toy_student(problem),
+                "",
+                self.trace(problem, self.values(problem, misread=True), self.style("solver")),
+            )
         if job == "follow":
             shown, own = self.style(self.rng.choice(["solver", "author"])), self.style("solver")
             context = self.critique(problem, self.values(problem, misread=style != "copy"), shown, style)

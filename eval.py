@@ -9,6 +9,7 @@
 Avg@k is mean accuracy, Pass@k the share of problems solved at least once, Maj@k the share whose most frequent answer is
 right. Intervals are 95 %: bootstrap over problems, or Student's t over seeds where seeds are compared.
 """
+
 import argparse
 import contextlib
 import html
@@ -92,7 +93,10 @@ def cell(values: np.ndarray, scale: float) -> str:
 
 def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
     """Markdown: a row for the base and each run, then the paired differences."""
-    names = [f"{name}@{samples}" if name in ("Avg", "Pass", "Maj") else name + (", %" if METRICS[name] > 1 else "") for name in METRICS]
+    names = [
+        f"{name}@{samples}" if name in ("Avg", "Pass", "Maj") else name + (", %" if METRICS[name] > 1 else "")
+        for name in METRICS
+    ]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for run, values in results.items():
         lines.append(f"| {run} | " + " | ".join(cell(values[m], scale) for m, scale in METRICS.items()) + " |")
@@ -110,7 +114,9 @@ def closing_report(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) ->
         before = scores(evaluate(chat, problems, cfg))
     after = scores(evaluate(chat, problems, cfg))
     k = cfg.eval_samples
-    lines = [f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"]
+    lines = [
+        f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"
+    ]
     for name, scale in METRICS.items():
         label = f"{name}@{k}" if name in ("Avg", "Pass", "Maj") else name
         lines.append(
@@ -141,7 +147,15 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
     runs = {folder: load_run(folder, checkpoint) for folder in folders}
     base = runs[folders[0]][0]
     for folder, (cfg, _) in runs.items():
-        for name in ("model", "data", "prompts", "test_problems", "validation_problems", "temperature", "max_new_tokens"):
+        for name in (
+            "model",
+            "data",
+            "prompts",
+            "test_problems",
+            "validation_problems",
+            "temperature",
+            "max_new_tokens",
+        ):
             if getattr(cfg, name) != getattr(base, name):
                 raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
     base = replace(base, eval_samples=samples or base.eval_samples)
@@ -156,7 +170,9 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
         for name, rows in attempts.items():
             for problem, own in zip(problems, rows):
                 for a in own:
-                    file.write(json.dumps({"run": name, "problem": problem.question, "wanted": problem.answer, **a}) + "\n")
+                    file.write(
+                        json.dumps({"run": name, "problem": problem.question, "wanted": problem.answer, **a}) + "\n"
+                    )
     text = f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {SEED}; 95 % bootstrap intervals over problems\n\n"
     short = {name: Path(name).name for name in attempts}
     short = short if len(set(short.values())) == len(short) else {name: name for name in attempts}
@@ -204,7 +220,9 @@ def wrong_step(chat: sd.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[
     return min(first, edit), max(last, edit + 1), edit
 
 
-def advantages(chat: sd.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config) -> list[np.ndarray | None]:
+def advantages(
+    chat: sd.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
+) -> list[np.ndarray | None]:
     """A_t, eq (2), of each attempt's tokens under its context; None where there is none."""
     for r, r.context in zip(rollouts, contexts):
         r.scored_length = None
@@ -232,7 +250,9 @@ def alternatives(chat: sd.Chat, rollout: sd.Rollout, context: str, cfg: sd.Confi
 
 def localise(rollouts, samples: int, found: list, places: list) -> dict:
     """Where one context's advantage falls. Sums are kept per problem, `samples` attempts each."""
-    parts = {name: np.zeros(len(rollouts)) for name in ("before", "at", "after", "abs", "low", "tokens", "least", "right")}
+    parts = {
+        name: np.zeros(len(rollouts)) for name in ("before", "at", "after", "abs", "low", "tokens", "least", "right")
+    }
     for i, (r, a, place) in enumerate(zip(rollouts, found, places)):
         if a is None:
             continue
@@ -264,7 +284,10 @@ def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
     problems = sd.load_problems(cfg, chat).test[: count or 50]
     generator = torch.Generator().manual_seed(SEED)
     rollouts = sd.attempt(chat, [problem for problem in problems for _ in range(samples)], cfg, generator)
-    contexts = {f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0] for style in sd.STYLES}
+    contexts = {
+        f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0]
+        for style in sd.STYLES
+    }
     contexts["reference"] = [r.problem.solution for r in rollouts]
     found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
     whole = [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in found)]  # the same for all
@@ -278,7 +301,10 @@ def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
     grpo = sd.group_advantages([r.reward for r in rollouts], samples)
     perfect = lambda i: sd.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
     telling = sorted(whole, key=lambda i: grpo[i] == 0)  # a group with both outcomes first
-    picks = [next((i for i in telling if places[i]), None), next((i for i in telling if rollouts[i].reward and perfect(i)), None)]
+    picks = [
+        next((i for i in telling if places[i]), None),
+        next((i for i in telling if rollouts[i].reward and perfect(i)), None),
+    ]
     shown = ("critique (copy)", "reference")
     examples = [example(chat, rollouts[i], {n: (found[n][i], contexts[n][i]) for n in shown}, grpo[i], places[i], cfg)
                 for i in picks if i is not None]  # fmt: skip
@@ -292,11 +318,16 @@ def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
     (out / "tokens.md").write_text(text, "utf-8")
     (out / "tokens.json").write_text(json.dumps({"numbers": numbers, "examples": examples}, indent=1), "utf-8")
     (out / "tokens.html").write_text(page(examples, text), "utf-8")
-    return "\n".join(map(terminal, examples)) + f"\n{text}\nwrote tokens.html, tokens.md and tokens.json into {folder}"
+    return (
+        "\n".join(map(terminal, examples)) + f"\n{text}\nwrote tokens.html, tokens.md and tokens.json into {folder}"
+    )
 
 
 def numbers_table(numbers: dict) -> str:
-    lines = ["| context | " + " | ".join(next(iter(numbers.values()))) + " |", "|---" * (1 + len(next(iter(numbers.values())))) + "|"]
+    lines = [
+        "| context | " + " | ".join(next(iter(numbers.values()))) + " |",
+        "|---" * (1 + len(next(iter(numbers.values())))) + "|",
+    ]
     for name, row in numbers.items():
         cells = []
         for measure, v in row.items():
@@ -313,7 +344,11 @@ def example(chat: sd.Chat, r: sd.Rollout, scored: dict, grpo: float, place, cfg:
     rows = {}
     for name, (a, context) in scored.items():
         rows[name] = {"advantage": a.tolist(), "context": context, "teacher": alternatives(chat, r, context, cfg)}
-    rows["grpo"] = {"advantage": [grpo] * len(r.sample.ids), "context": "a reward for the whole attempt, eq (3)", "teacher": []}
+    rows["grpo"] = {
+        "advantage": [grpo] * len(r.sample.ids),
+        "context": "a reward for the whole attempt, eq (3)",
+        "teacher": [],
+    }
     tokens = [chat.tokenizer.decode([i]) for i in r.sample.ids]
     return {"problem": r.problem.question, "answer": r.problem.answer, "right": bool(r.reward), "tokens": tokens,
             "edit": place[2] if place else None, "rows": rows}  # fmt: skip
@@ -331,13 +366,17 @@ def shade(a: float) -> tuple[int, int, int]:
 
 def terminal(e: dict) -> str:
     """The strips for a terminal: colours where it has them, else the value of each token that moves."""
-    lines = [f"{'right' if e['right'] else 'wrong'} attempt at {e['problem']!r}, answer {e['answer']!r}; {LEGEND}; ▼ first edit"]
+    lines = [
+        f"{'right' if e['right'] else 'wrong'} attempt at {e['problem']!r}, answer {e['answer']!r}; {LEGEND}; ▼ first edit"
+    ]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for name, row in e["rows"].items():
         cells = []
         for t, (token, a) in enumerate(zip(e["tokens"], row["advantage"])):
             token = ("▼" if t == e["edit"] else "") + token.replace("\n", "⏎")
-            token = "".join(c if c.isprintable() else "·" for c in token)  # no escape code of a model's reaches the terminal
+            token = "".join(
+                c if c.isprintable() else "·" for c in token
+            )  # no escape code of a model's reaches the terminal
             r, g, b = shade(a)
             under = "\x1b[4m" if a < -0.05 else ""
             plain = f"{token}[{a:+.1f}]" if abs(a) >= 0.05 and name != "grpo" else token
@@ -361,7 +400,9 @@ def page(examples: list[dict], numbers: str) -> str:
                 style = "background:rgb({},{},{})".format(*shade(a))
                 text = html.escape(token).replace("\n", "⏎<br>") or "∅"
                 cells.append(f'<span class="{kind}" style="{style}" title="{html.escape(hover)}">{text}</span>')
-            parts.append(f'<tr><th title="{html.escape(row["context"])}">{html.escape(name)}</th><td>{"".join(cells)}</td></tr>')
+            parts.append(
+                f'<tr><th title="{html.escape(row["context"])}">{html.escape(name)}</th><td>{"".join(cells)}</td></tr>'
+            )
         parts.append("</table>")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Per-token advantage</title>
 <style>
@@ -387,7 +428,13 @@ ARMS = {
     "critique": ["--condition", "critique"],
     "critique, first edit": ["--condition", "critique", "--stop-at-first-edit"],
     "critique, teacher‖student": ["--condition", "critique", "--kl", "teacher||student"],
-    "critique, teacher‖student, first edit": ["--condition", "critique", "--kl", "teacher||student", "--stop-at-first-edit"],
+    "critique, teacher‖student, first edit": [
+        "--condition",
+        "critique",
+        "--kl",
+        "teacher||student",
+        "--stop-at-first-edit",
+    ],
 }
 SWEEP = (0.5, 1.0, 2.0)  # times the preset's learning rate
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}  # Student's t, by number of seeds
@@ -469,7 +516,11 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
                 bar.update()
             rates[arm] = max(swept, key=swept.get)
             edge[arm] = rates[arm] in (min(swept), max(swept))
-            print(f"{arm}: validation Avg by learning rate " + ", ".join(f"{lr:g} → {100 * v:.1f}" for lr, v in swept.items()), flush=True)
+            print(
+                f"{arm}: validation Avg by learning rate "
+                + ", ".join(f"{lr:g} → {100 * v:.1f}" for lr, v in swept.items()),
+                flush=True,
+            )
             runs[arm] = [train_once(root, arm, rates[arm], seed, flags) for seed in range(seeds)]
             bar.update(seeds - 1)
     cfg, _ = load_run(str(runs["critique"][0]), "checkpoint.pt")
@@ -479,7 +530,9 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
     text = results_text(cfg, base, runs, rates, len(problems), seeds)
     (root / "table.md").write_text(text, "utf-8")
-    (root / "table.json").write_text(json.dumps({"rates": rates, "base": base, "runs": {arm: list(map(str, r)) for arm, r in runs.items()}}))
+    (root / "table.json").write_text(
+        json.dumps({"rates": rates, "base": base, "runs": {arm: list(map(str, r)) for arm, r in runs.items()}})
+    )
     return text
 
 
@@ -490,7 +543,9 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
              f"95 % t interval over seeds; * a rate at the edge of the sweep", ""]  # fmt: skip
     for checkpoint, title in (("checkpoint.pt", "final"), ("best.pt", "best on validation")):
         lines += [f"| {title} | lr | Avg@{k} | Pass@{k} | Maj@{k} | length |", "|---" * 6 + "|"]
-        lines.append("| base | - | " + " | ".join(f"{(1 if n == 'length' else 100) * base[n]:.1f}" for n in names) + " |")
+        lines.append(
+            "| base | - | " + " | ".join(f"{(1 if n == 'length' else 100) * base[n]:.1f}" for n in names) + " |"
+        )
         for arm, folders in runs.items():
             results = [test_scores(folder, checkpoint) for folder in folders]
             cells = [over_seeds([r[n] for r in results], 1 if n == "length" else 100) for n in names]
@@ -498,7 +553,10 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
         lines.append("")
     lines += [f"| paired by seed, final | Avg@{k} |", "|---|---|"]
     for a, b in (("critique", "reference"), ("critique", "grpo"), ("reference", "grpo")):
-        pairs = [test_scores(x, "checkpoint.pt")["Avg"] - test_scores(y, "checkpoint.pt")["Avg"] for x, y in zip(runs[a], runs[b])]
+        pairs = [
+            test_scores(x, "checkpoint.pt")["Avg"] - test_scores(y, "checkpoint.pt")["Avg"]
+            for x, y in zip(runs[a], runs[b])
+        ]
         lines.append(f"| {a} − {b} | {over_seeds(pairs, 100)} |")
     curves = {arm: [curve(folder) for folder in folders] for arm, folders in runs.items()}
     spent = lambda point: point["solver_tokens"] + point["critic_tokens"]
@@ -512,7 +570,11 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
         last = cs[0][-1]
         at = [over_seeds([next(point["avg"] for point in c if point["step"] == early) for c in cs], 100)]
         at += [over_seeds([reached(c, tokens) for c in cs], 100) for tokens in (budget / 2, budget)]
-        lines.append(f"| {arm} | {last['rollouts']:,} | {last['solver_tokens']:,} | {last['critic_tokens']:,} | " + " | ".join(at) + " |")
+        lines.append(
+            f"| {arm} | {last['rollouts']:,} | {last['solver_tokens']:,} | {last['critic_tokens']:,} | "
+            + " | ".join(at)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -541,7 +603,12 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     for axis, label in zip(axes, ("step", "sampled tokens (solver + critic)")):
         for arm, colour in COLOURS.items():
             curves = [curve(Path(folder)) for folder in runs[arm]]
-            x = np.array([[p["step"] if label == "step" else p["solver_tokens"] + p["critic_tokens"] for p in c] for c in curves]).mean(0)
+            x = np.array(
+                [
+                    [p["step"] if label == "step" else p["solver_tokens"] + p["critic_tokens"] for p in c]
+                    for c in curves
+                ]
+            ).mean(0)
             y = 100 * np.array([[p["avg"] for p in c] for c in curves])
             half = half_width(y)
             axis.plot(x, y.mean(0), color=colour, label=arm, marker="o", markersize=3)
@@ -552,7 +619,9 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     axes[0].legend(frameon=False)
     figure.savefig(out / "curves.svg", metadata={"Date": None})
     examples = json.loads((tokens / "tokens.json").read_text())["examples"]
-    figure, axes = plt.subplots(len(examples), 1, figsize=(9, 1.75 * len(examples)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(examples), 1, figsize=(9, 1.75 * len(examples)), layout="constrained", squeeze=False
+    )
     for axis, e in zip(axes[:, 0], examples):
         shown = slice(0, 60)
         rows = np.array([row["advantage"][shown] for row in e["rows"].values()])
@@ -616,15 +685,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = sd.refuse
     parser.add_argument("runs", nargs="*", help="run folders written by sd.py, to be compared")
     parser.add_argument("--tokens", metavar="RUN", help="per-token advantage on the problems that RUN held out")
-    parser.add_argument("--reproduce", action="store_true", help="train and evaluate every arm; goes on where it stopped")
+    parser.add_argument(
+        "--reproduce", action="store_true", help="train and evaluate every arm; goes on where it stopped"
+    )
     parser.add_argument("--plot", action="store_true", help="draw assets/curves.svg and assets/advantage.svg")
     parser.add_argument("--filter", metavar="POOL", help="a problem file, as sd.py's --data")
-    parser.add_argument("--checkpoint", default="checkpoint.pt", help="in each run folder: checkpoint.pt (last) or best.pt")
+    parser.add_argument(
+        "--checkpoint", default="checkpoint.pt", help="in each run folder: checkpoint.pt (last) or best.pt"
+    )
     parser.add_argument("--samples", type=int, help="attempts a problem, k [12; --tokens 4; --filter 16]")
     parser.add_argument("--problems", type=int, help="use the first so many test problems [all; --tokens 50]")
     parser.add_argument("--seeds", type=int, default=5, help="--reproduce: seeds of each arm [5]")
-    parser.add_argument("--below", type=float, default=0.3125, help="--filter: keep if solved less often [5/16, the paper's]")
-    parser.add_argument("--out", help="output folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]")
+    parser.add_argument(
+        "--below", type=float, default=0.3125, help="--filter: keep if solved less often [5/16, the paper's]"
+    )
+    parser.add_argument(
+        "--out", help="output folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]"
+    )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -24,6 +24,7 @@ Shapes: B rollouts, T response tokens of one, N scored tokens of a micro-batch, 
   python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
   python eval.py runs/critique runs/reference runs/grpo          the table
 """
+
 import argparse
 import contextlib
 import functools
@@ -204,7 +205,9 @@ def find_data(name: str) -> Path:
     owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
     offline = not hub_answers()
     try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset", local_files_only=offline))
+        return Path(
+            huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset", local_files_only=offline)
+        )
     except Exception as error:  # the hub's client raises a dozen unrelated types, which mean the same to the user
         reason = "the hub does not answer" if offline else type(error).__name__
         raise Refusal(f"cannot fetch {name} ({reason}); give --data a local .jsonl file, or --preset toy") from None
@@ -239,7 +242,9 @@ def read_problems(cfg: Config, chat: "Chat") -> tuple[dict[str, tuple[Problem, d
     """({normalised text: (problem, its row)}, rows dropped by reason). A Refusal names file, line and field of a bad row."""
     found, dropped = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}
     if cfg.max_new_tokens >= chat.window:
-        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}")
+        raise Refusal(
+            f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}"
+        )
     for where, row in read_rows(find_data(cfg.data)):
         if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
             dropped["without a solution"] += 1
@@ -279,8 +284,12 @@ def spell(counts: dict[str, int]) -> str:
 def check_length(problem: Problem, chat: "Chat", cfg: Config) -> None:
     room = chat.window - cfg.max_new_tokens
     size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
-    if size > room // 2 and (size > 64 * room or len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) > room):
-        raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens {cfg.max_new_tokens}")
+    if size > room // 2 and (
+        size > 64 * room or len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) > room
+    ):
+        raise ValueError(
+            f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens {cfg.max_new_tokens}"
+        )
 
 
 def extract_answer(text: str) -> str | None:
@@ -515,7 +524,13 @@ class Sample(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    chat: Chat, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, generator=None, batch: int = 64
+    chat: Chat,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator=None,
+    batch: int = 64,
 ) -> list[Sample]:
     """One response for each prompt. Temperature 0 is greedy; else the full softmax is drawn from, since the loss scores
     the full softmax: no top-k, no top-p, whatever the model's generation config says.
@@ -667,7 +682,15 @@ class HTTPCritic:
                 self.last_error = f"HTTP {error.code}"
                 if error.code != 429 and error.code < 500:
                     break
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
                 self.last_error = f"{type(error).__name__}: {error}"[:100]
         return Reply(None, 0)
 
@@ -677,7 +700,9 @@ class HTTPCritic:
         # read here and kept nowhere: no config, log or message holds it; http.client would quote one with a line end
         if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = json.loads(response.read())
         choice, usage = reply["choices"][0], reply.get("usage") or {}
@@ -891,7 +916,14 @@ class FusedKL(torch.autograd.Function):
 
 
 def fused_kl(
-    h_student: Tensor, h_teacher: Tensor, lm_head: Tensor, row_weight: Tensor, *, kl: str, temperature: float, chunk: int
+    h_student: Tensor,
+    h_teacher: Tensor,
+    lm_head: Tensor,
+    row_weight: Tensor,
+    *,
+    kl: str,
+    temperature: float,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """(Σ row_weight·KL, KL of each row): eq (1) with D of eq (4) or (5), `chunk` rows of logits at a time.
 
@@ -913,7 +945,9 @@ class FusedLogprob(torch.autograd.Function):
             rows = slice(start, start + chunk)
             log_p = log_softmax_of(h[rows], lm_head, temperature)
             logprob[rows] = log_p.gather(1, ids[rows, None])[:, 0]
-            if grad is not None:  # ∂ log p_y / ∂z = 1[y=v] − p_v, in float32: W_y − Σ_v p_v W_v would cancel in bfloat16
+            if (
+                grad is not None
+            ):  # ∂ log p_y / ∂z = 1[y=v] − p_v, in float32: W_y − Σ_v p_v W_v would cancel in bfloat16
                 y = ids[rows, None]
                 grad_z = log_p.exp_().neg_().scatter_add_(1, y, torch.ones_like(y, dtype=log_p.dtype))
                 grad[rows] = grad_z.div_(temperature).to(lm_head.dtype) @ lm_head
@@ -1182,7 +1216,8 @@ def pretrain_toy(chat: Chat, language: ToyLanguage, held_out: set[str], steps: i
     fresh = (problem for problem in iter(language.problem, None) if problem not in held_out)
     for _ in tqdm(range(steps), desc="pre-train the toy model, once", disable=None):
         losses = [
-            toy_loss(chat, [language.example(job, next(fresh)) for _ in range(rows)]) for job, rows in TOY_JOBS.items()
+            toy_loss(chat, [language.example(job, next(fresh)) for _ in range(rows)])
+            for job, rows in TOY_JOBS.items()
         ]
         torch.cat(losses).mean().backward()
         for part in (*optimizers, *schedules):
@@ -1264,7 +1299,9 @@ def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, 
 
 def warn(m: dict, critic: Critic, cfg: Config) -> None:
     if m["truncated"] > 0.5:
-        print(f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and read as wrong")
+        print(
+            f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and read as wrong"
+        )
     if 2 * m["critic_failed"] > cfg.attempts_per_step:
         error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
         print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out ({error})")
@@ -1295,7 +1332,9 @@ def train(cfg: Config) -> None:
 
     chat = load_model(cfg.model, cfg.dtype, cfg.device)
     problems = load_problems(cfg, chat)
-    critic = load_critic(cfg if cfg.condition == "critique" else replace(cfg, critic="self"), chat)  # else nobody asks it
+    critic = load_critic(
+        cfg if cfg.condition == "critique" else replace(cfg, critic="self"), chat
+    )  # else nobody asks it
     add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -1329,7 +1368,9 @@ def train(cfg: Config) -> None:
     if interrupted:
         raise KeyboardInterrupt
     if failed_steps == 3:
-        raise Refusal(f"every critique failed for 3 steps, or fits no prompt; saved in {cfg.out}. Mend --critic, then add --resume")
+        raise Refusal(
+            f"every critique failed for 3 steps, or fits no prompt; saved in {cfg.out}. Mend --critic, then add --resume"
+        )
     if cfg.final_problems:
         print(closing_report(chat, problems.test[: cfg.final_problems], cfg))
     if cfg.export:
@@ -1346,7 +1387,9 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
     parser.error = refuse
     for f in fields(Config):
         rule, flag = f.metadata, "--" + f.name.replace("_", "-")
-        defaults = "; ".join([str(f.default) or "empty"] + [f"{n} {p[f.name]}" for n, p in PRESETS.items() if f.name in p])
+        defaults = "; ".join(
+            [str(f.default) or "empty"] + [f"{n} {p[f.name]}" for n, p in PRESETS.items() if f.name in p]
+        )
         text = f"{rule['help']} [{defaults}]".replace("%", "%%")
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -1377,9 +1420,13 @@ def resume_config(given: dict) -> tuple[Config, str]:
     saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
     for name in given.keys() - RESUMABLE:
         if saved.get(name) != given[name]:
-            raise Refusal(f"{out} was trained with {name} {saved.get(name)!r}, not {given[name]!r}; drop the flag, or --resume")
+            raise Refusal(
+                f"{out} was trained with {name} {saved.get(name)!r}, not {given[name]!r}; drop the flag, or --resume"
+            )
     try:
-        return check(Config(**{**saved, **given, "preset": saved["preset"], "out": out})), f"of the run in {out}, resumed"
+        return check(
+            Config(**{**saved, **given, "preset": saved["preset"], "out": out})
+        ), f"of the run in {out}, resumed"
     except TypeError:
         raise Refusal(f"{out} was written by another version of sd.py; train the run anew") from None
 
@@ -1390,7 +1437,9 @@ def check(cfg: Config) -> Config:
         if low is not None and not low <= value < math.inf:
             refuse(f"argument --{f.name.replace('_', '-')}: {value} is out of range; the least is {low}")
     if cfg.attempts_per_step % attempts_per_problem(cfg):
-        refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}")
+        refuse(
+            f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}"
+        )
     if cfg.eval_every and not cfg.validation_problems:
         refuse("argument --eval-every: needs --validation-problems of at least 1")
     if is_url(cfg.critic) and not cfg.critic_model:
@@ -1414,13 +1463,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sd.py: {refusal}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("sd.py: out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk and add --resume", file=sys.stderr)
+        print(
+            "sd.py: out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk and add --resume",
+            file=sys.stderr,
+        )
         return 1
     except OSError as error:  # disk full, folder not writable
         print(f"sd.py: {error}", file=sys.stderr)
         return 1
     except FloatingPointError as error:
-        print(f"sd.py: not finite: {error}; nothing was updated, the last checkpoint stands. Lower --lr?", file=sys.stderr)
+        print(
+            f"sd.py: not finite: {error}; nothing was updated, the last checkpoint stands. Lower --lr?",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("sd.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
