@@ -290,22 +290,23 @@ def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
     }
     contexts["reference"] = [r.problem.solution for r in rollouts]
     found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
-    whole = [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in found)]  # the same for all
-    found = {name: [a if i in whole else None for i, a in enumerate(values)] for name, values in found.items()}
+    having = lambda names: [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in names)]
+    whole = having(found)  # all contexts are measured on the same attempts
     mended, places = contexts["critique (copy)"], [None] * len(rollouts)
     for i in whole:
         r = rollouts[i]
         if not r.reward and sd.is_correct(mended[i], r.problem.answer):
             places[i] = wrong_step(chat, r, mended[i], fmt)
-    numbers = {name: localise(rollouts, samples, values, places) for name, values in found.items()}
+    common = {name: [a if i in whole else None for i, a in enumerate(values)] for name, values in found.items()}
+    numbers = {name: localise(rollouts, samples, values, places) for name, values in common.items()}
     grpo = sd.group_advantages([r.reward for r in rollouts], samples)
     perfect = lambda i: sd.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
-    telling = sorted(whole, key=lambda i: grpo[i] == 0)  # a group with both outcomes first
+    shown = ("critique (copy)", "reference")
+    telling = sorted(having(shown), key=lambda i: (grpo[i] == 0, not places[i]))  # groups with both outcomes first
     picks = [
-        next((i for i in telling if places[i]), None),
+        next((i for i in telling if not rollouts[i].reward), None),
         next((i for i in telling if rollouts[i].reward and perfect(i)), None),
     ]
-    shown = ("critique (copy)", "reference")
     examples = [example(chat, rollouts[i], {n: (found[n][i], contexts[n][i]) for n in shown}, grpo[i], places[i], cfg)
                 for i in picks if i is not None]  # fmt: skip
     right, wrong = sum(rollouts[i].reward for i in whole), sum(place is not None for place in places)

@@ -79,7 +79,7 @@ class Config:
     """Defaults are the paper's, else those of OPSD (its parent), else ours ("untuned"). PRESETS override them."""
 
     condition: str = knob("critique", "who writes what the teacher reads", lambda: CONDITIONS)
-    preset: str = knob("auto", "auto: toy if there is neither CUDA nor --model", lambda: ("auto", *PRESETS))
+    preset: str = knob("auto", "numbers to start from; auto is toy without CUDA and --model", lambda: ("auto", *PRESETS))
     model: str = knob("Qwen/Qwen3-1.7B", "the solver: hub name, folder, or toy (paper)")
     data: str = knob(
         "hub:agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json", ".json[l] file, hub:owner/name/file, or toy"
@@ -113,7 +113,7 @@ class Config:
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
     gradient_checkpointing: bool = knob(True, "recompute activations in backward; memory, not results")
     dtype: str = knob(
-        "auto", "frozen weights; auto: bfloat16 on CUDA, else float32", lambda: ("auto", "bfloat16", "float32")
+        "auto", "of frozen weights; auto is bfloat16 on CUDA, else float32", lambda: ("auto", "bfloat16", "float32")
     )
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
     eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
@@ -1332,9 +1332,8 @@ def train(cfg: Config) -> None:
 
     chat = load_model(cfg.model, cfg.dtype, cfg.device)
     problems = load_problems(cfg, chat)
-    critic = load_critic(
-        cfg if cfg.condition == "critique" else replace(cfg, critic="self"), chat
-    )  # else nobody asks it
+    asked = cfg if cfg.condition == "critique" else replace(cfg, critic="self")  # no 32B model for nobody to ask
+    critic = load_critic(asked, chat)
     add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -1390,11 +1389,11 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         defaults = "; ".join(
             [str(f.default) or "empty"] + [f"{n} {p[f.name]}" for n, p in PRESETS.items() if f.name in p]
         )
-        text = f"{rule['help']} [{defaults}]".replace("%", "%%")
+        choices = rule["choices"]() and tuple(rule["choices"]())
+        text = rule["help"] + (": " + ", ".join(choices) if choices else "") + f" [{defaults}]"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = rule["choices"]() and tuple(rule["choices"]())
             letter = f.type.__name__[0].upper()
             parser.add_argument(flag, type=f.type, choices=choices, metavar=letter, help=text)
     given = vars(parser.parse_args(argv))
@@ -1402,7 +1401,8 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         return resume_config(given)
     name, why = given.get("preset", "auto"), "as asked"
     if name == "auto":
-        real = "--model is given" if "model" in given else "CUDA is there" if torch.cuda.is_available() else None
+        own = given.get("model", "toy") != "toy"
+        real = "--model is given" if own else "CUDA is there" if torch.cuda.is_available() else None
         name, why = ("qwen", real) if real else ("toy", "neither CUDA nor --model")
     cfg = replace(Config(), **{**PRESETS[name], **given, "preset": name})
     return check(replace(cfg, out=cfg.out or f"runs/{cfg.condition}")), why
