@@ -24,18 +24,14 @@ FORMAT = """Write one step at a time. Put each step inside numbered tags and onl
 <step_2>second step</step_2>
 <answer>final answer</answer>"""
 
-STUDENT = (
-    """Solve this problem.
+STUDENT = """Solve this problem.
 
 {problem}
 
-"""
-    + FORMAT
-)
+{format}"""
 
 # the question comes first and the format last, as in STUDENT: an over-long context is cut in its own middle, between them
-TEACHER = (
-    """Solve this problem.
+TEACHER = """Solve this problem.
 
 {problem}
 
@@ -43,9 +39,7 @@ Here is a worked solution to go by. Follow it, and write your own solution out i
 
 {context}
 
-"""
-    + FORMAT
-)
+{format}"""
 
 # The critic's three ways of quoting, `--critic-style`. A transformer copies what its context holds: so, in the paper's
 # account, a wrong line that is quoted is reinforced even when it is refuted, a right line that is left out is
@@ -112,11 +106,11 @@ def user(text: str) -> dict[str, str]:
 
 
 def steps_student(problem: str) -> list[dict]:
-    return [user(STUDENT.format(problem=problem))]
+    return [user(STUDENT.format(problem=problem, format=FORMAT))]
 
 
 def steps_teacher(problem: str, context: str) -> list[dict]:
-    return [user(TEACHER.format(problem=problem, context=context))]
+    return [user(TEACHER.format(problem=problem, context=context, format=FORMAT))]
 
 
 def steps_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
