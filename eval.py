@@ -454,18 +454,18 @@ def over_seeds(values: list[float], scale: float = 1.0) -> str:
 
 def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> Path:
     """One run, trained, gone on with, or found finished."""
-    folder = root / f"{arm.replace(', ', '-').replace('||', '-')}-lr{lr:g}-seed{seed}"
+    folder = root / f"{'-'.join(arm.replace(',', ' ').replace('‖', ' ').split())}-lr{lr:g}-seed{seed}"
     command = [*flags, *ARMS[arm], "--lr", str(lr), "--seed", str(seed), "--out", str(folder), "--final-problems", "0",
                "--no-export", "--show-every", "0"]  # fmt: skip
     cfg, _ = sd.parse_config(command)
     if not cfg.eval_every:
         command += ["--eval-every", str(max(1, cfg.steps // 10))]
     if (folder / "checkpoint.pt").exists():
-        saved = load_run(str(folder), "checkpoint.pt")[0]
+        state = sd.load_checkpoint(folder / "checkpoint.pt")
         for name in sd.asdict(cfg).keys() - sd.RESUMABLE - {"eval_every"}:
-            if getattr(saved, name) != getattr(cfg, name):
+            if state["config"].get(name) != getattr(cfg, name):
                 raise sd.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
-        if sd.load_checkpoint(folder / "checkpoint.pt")["step"] == cfg.steps:
+        if state["step"] == cfg.steps:
             return folder
         command.append("--resume")
     for stale in folder.glob("test-*.json"):  # scores of fewer steps
