@@ -1,6 +1,6 @@
-"""Every word that a model reads. No torch, no model call: strings in, strings out.
+"""What goes into a model and what is read out of it: problem files, answers, prompts, and the toy world.
 
-Who sees what (each function below makes a list of chat messages; the model's own template renders it):
+Who sees what (each function of section 2 makes a list of chat messages; the model's own template renders it):
 
     reader     problem   its own attempt   critique   worked solution
     student      yes           -              -              -
@@ -11,13 +11,151 @@ The teacher reads both kinds of context through the same words, so that the cond
 Two formats exist: "steps" for chat models, "toy" for the toy world. Each knows how to find the steps of a trace.
 """
 
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+
+class Refusal(Exception):
+    """Something the user can mend. `main` prints it as one line and exits with 2."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# EDIT HERE (prompts): "steps", for chat models
+# 1. Problems and answers. EDIT HERE (problems and reward)
+
+
+class Problem(NamedTuple):
+    question: str
+    solution: str  # worked out, by the data set's author
+    answer: str
+
+
+def read_row(row: object) -> Problem:
+    """Two schemas, told apart by their fields: problem, solution, answer; and GSM8K's question, answer (… #### 42)."""
+    if isinstance(row, Exception):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    texts = {}
+    for name in ("problem", "solution", "answer") if "problem" in row else ("question", "answer"):
+        text = texts[name] = str(row[name]) if type(row.get(name)) in (int, float) else row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"field {name!r} is missing, empty or not text")
+        text.encode()  # half of a surrogate pair is a ValueError here, not a crash of the tokenizer in mid-run
+    solution, mark, answer = texts["answer"].rpartition("####")
+    if "question" in texts and not (mark and answer.strip()):
+        raise ValueError("field 'answer' does not end in '#### ANSWER', and there is no field 'problem'")
+    return Problem(*(text.strip() for text in (*texts.values(), *[answer] * ("question" in texts))))
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, row) of a .json array or a .jsonl file; a line that is not JSON comes as a ValueError."""
+    try:
+        text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is not data
+        array = json.loads(text) if text.lstrip().startswith("[") else None
+    except OSError as error:
+        raise Refusal(f"{path}: {error.strerror}; give --data a .json or .jsonl file") from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{path}: not UTF-8, or not JSON ({error}); is the file cut off?") from None
+    if array is not None:
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(array, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{path}, line {number}", ValueError(f"is not JSON ({error})")
+
+
+def normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def extract_answer(text: str) -> str | None:
+    """The last <answer>…</answer>, else the last \\boxed{…}, else what follows the last ####; None if there is none.
+
+    No regular expression scans the whole text: a hostile 10 MB answer costs a few searches.
+    """
+    for mark, end in (("<answer>", "</answer>"), ("\\boxed{", ""), ("####", "\n")):
+        _, found, rest = text.rpartition(mark)
+        rest = rest[:1000].lstrip()
+        if found and mark == "\\boxed{":  # its own closing brace, or nothing
+            depth = accumulate((c == "{") - (c == "}") for c in rest)
+            return rest[: next((i for i, d in enumerate(depth) if d < 0), 0)].strip() or None
+        if found:
+            return rest.partition(end)[0].strip() or None
+    return None
+
+
+def as_number(text: str) -> Fraction | None:
+    """`1,234`, `-3/4`, `\\frac{3}{4}`, `$5.50`, `12%`: the exact number, else None. Nothing is ever evaluated."""
+    text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
+    text = re.sub(r"\\[!,;: ]|[\s$]|\\text\{[^{}]*\}", "", text).rstrip(".")
+    share = 100 if text.endswith("%") else 1
+    text = text.removesuffix("%").removesuffix("\\")
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    plain = re.fullmatch(r"[-+]?(\d{1,40}(\.\d{1,40})?|\.\d{1,40}|\d{1,40}/0*[1-9]\d{0,39})", text)
+    return Fraction(text) / share if plain else None
+
+
+@functools.cache
+def math_verify():
+    """The optional package math-verify, which knows that \\sqrt{8} = 2\\sqrt{2}; None where it is not installed."""
+    with contextlib.suppress(ImportError):
+        import math_verify as package
+
+        return package
+
+
+def is_correct(text: str, answer: str) -> bool:
+    """Whether the response ends in this answer: the one grader of reward and evaluation."""
+    found = extract_answer(text)
+    if found is None or normalise(found) == normalise(answer):
+        return found is not None
+    number, wanted = as_number(found), as_number(answer)
+    if number is not None and wanted is not None:
+        return number == wanted
+    # math-verify computes what it reads: towers, factorials, long numbers and deep nesting would hang it
+    tame = len(found) < 100 and not re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", found)
+    if tame and sum(map(found.count, "({[")) < 12 and math_verify():
+        parse = math_verify().parse
+        return bool(math_verify().verify(parse(f"${answer}$"), parse(f"${found}$")))
+    return False
+
+def grader() -> str:
+    return "exact + number" + (" + math-verify" if math_verify() else "")
+
+
+def spell(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts.items())
+
+
+def printable(text: str) -> str:
+    """For a terminal: a control character of a model's or a file's reaches nobody's screen."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Prompts. EDIT HERE (prompts): "steps", for chat models
+
 
 FORMAT = """Write one step at a time. Put each step inside numbered tags and only the final answer inside answer tags:
 <step_1>first step</step_1>
@@ -165,6 +303,36 @@ def toy_trace(reply: str) -> str | None:
     return reply if re.fullmatch(r"([sth]\d[+*]\d=\d!?)+####\d", reply) else None
 
 
+class Format(NamedTuple):
+    """One way of talking to a model. The first three make messages, the last two read text."""
+
+    student: Callable[[str], list[dict]]  # of the problem
+    teacher: Callable[[str, str], list[dict]]  # of problem, context
+    critic: Callable[[str, str, str | None, str], list[dict]]  # of problem, attempt, worked solution, style
+    steps: Callable[[str], list[str]]  # the steps in a text, in order
+    trace: Callable[[str], str | None]  # the trace in a critic's reply; None if it is malformed
+
+
+FORMATS = {
+    "steps": Format(steps_student, steps_teacher, steps_critic, steps_find, steps_trace),
+    "toy": Format(toy_student, toy_teacher, toy_critic, toy_find, toy_trace),
+}
+
+
+def strip_thinking(text: str) -> str:
+    """Drop `<think>…</think>`; the opening may stand in the template, and a thought that was cut off never closes."""
+    return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).split("</think>")[-1].strip()
+
+# Tried and given up, on SmolLM2-135M-Instruct as critic of its own GSM8K attempts, greedy, 6 attempts each:
+# - the two examples inside one long message: 0 of 6 replies had steps and an answer; it went on with the list of cases.
+#   The same examples as turns: 3 of 6.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The toy world: a language with a misconception, and a model of it that is pre-trained while you wait. It becomes a
+# Hugging Face folder and a problem file; from there on, nothing knows that it is a toy.
+
+
 class ToyLanguage:
     """Chains modulo 10: `7+6*3` is solved by `s7+6=3s3*3=9####9`, a connective (s, t or h: so, then, hence), the
     running value, the operation, its result.
@@ -271,27 +439,84 @@ class ToyLanguage:
         return messages, "", self.critique(problem, attempted, surface, style)
 
 
-class Format(NamedTuple):
-    """One way of talking to a model. The first three make messages, the last two read text."""
-
-    student: Callable[[str], list[dict]]  # of the problem
-    teacher: Callable[[str, str], list[dict]]  # of problem, context
-    critic: Callable[[str, str, str | None, str], list[dict]]  # of problem, attempt, worked solution, style
-    steps: Callable[[str], list[str]]  # the steps in a text, in order
-    trace: Callable[[str], str | None]  # the trace in a critic's reply; None if it is malformed
+TOY_MODEL = dict(
+    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+    max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+TOY_JOBS = {"solve": 16, "follow": 28, "criticise": 20}  # rows of a pre-training batch
+TOY_STEPS, TOY_PROBLEMS = 1000, 2000
 
 
-FORMATS = {
-    "steps": Format(steps_student, steps_teacher, steps_critic, steps_find, steps_trace),
-    "toy": Format(toy_student, toy_teacher, toy_critic, toy_find, toy_trace),
-}
+def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """A token a character, but for the special ones and "####". Padding is the end token, as in many real models."""
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, "####", *ToyLanguage.CHARACTERS])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("####|."), "isolated")
+    core.decoder = tokenizers.decoders.Fuse()
+    core.add_special_tokens(special)
+    template = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|unknown|>",
+        chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    )  # fmt: skip
 
 
-def strip_thinking(text: str) -> str:
-    """Drop `<think>…</think>`; the opening may stand in the template, and a thought that was cut off never closes."""
-    return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).split("</think>")[-1].strip()
+def toy_loss(model, tokenizer, examples: list[tuple[list[dict], str, str]]) -> torch.Tensor:
+    """Cross entropy of every token of the replies, (N,)."""
+    rows, labels = [], []
+    for messages, given, reply in examples:
+        prompt = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + given)
+        own = tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append(torch.tensor(prompt["input_ids"] + own))
+        labels.append(torch.tensor([-100] * len(prompt["input_ids"]) + own))
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    logits = model(input_ids=pad(rows)).logits[:, :-1]  # (rows, width, V)
+    targets = pad(labels, padding_value=-100)[:, 1:]
+    return F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="none")
 
 
-# Tried and given up, on SmolLM2-135M-Instruct as critic of its own GSM8K attempts, greedy, 6 attempts each:
-# - the two examples inside one long message: 0 of 6 replies had steps and an answer; it went on with the list of cases.
-#   The same examples as turns: 3 of 6.
+def pretrain_toy(model, tokenizer, language: ToyLanguage, held_out: set[str], steps: int) -> None:
+    """Next-token loss on the replies of the three jobs. Muon on the matrices needs half of AdamW's steps."""
+    model.train()
+    inner = lambda name, p: p.ndim == 2 and ".layers." in name
+    matrices = [p for name, p in model.named_parameters() if inner(name, p)]
+    others = [p for name, p in model.named_parameters() if not inner(name, p)]
+    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original")
+    optimizers = [muon, torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
+    shape = lambda step: min(1, (step + 1) / 30, 2 * (steps - step) / steps)  # warm up, hold, decay from the middle
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
+    fresh = (problem for problem in iter(language.problem, None) if problem not in held_out)
+    for _ in tqdm(range(steps), desc="pre-train the toy model, once", disable=None):
+        losses = torch.cat([toy_loss(model, tokenizer, [language.example(job, next(fresh)) for _ in range(rows)])
+                            for job, rows in TOY_JOBS.items()])  # fmt: skip
+        losses.mean().backward()
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
+
+
+def toy_world(steps: int = TOY_STEPS, root: Path = Path("runs/.toy")) -> Path:
+    """The toy's folder: model, tokenizer, problems.jsonl. Built on first use; its name is a hash of what shapes it."""
+    makers = (ToyLanguage, *FORMATS["toy"], toy_tokenizer, toy_loss, pretrain_toy, toy_world)
+    source = "".join(map(inspect.getsource, makers)) + f"{TOY_MODEL} {TOY_JOBS} {TOY_PROBLEMS} {steps}"
+    key = hashlib.sha256(f"{source} {torch.__version__} {transformers.__version__}".encode()).hexdigest()[:12]
+    if (root / key).exists():
+        return root / key
+    language, tokenizer = ToyLanguage(seed=0), toy_tokenizer()
+    problems = {problem: language.row(problem) for problem in (language.problem() for _ in range(TOY_PROBLEMS))}
+    end = tokenizer.eos_token_id
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, bos_token_id=None, **TOY_MODEL
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen3ForCausalLM(config)
+    pretrain_toy(model, tokenizer, language, set(problems), steps)
+    partial = root / f"{key}.{os.getpid()}"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems.values()))
+    with contextlib.suppress(OSError):  # another process was first, and its world is the same
+        partial.rename(root / key)  # atomic: an interrupted build is never taken for a finished one
+    return root / key

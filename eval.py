@@ -27,6 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import critic_prompts as texts
 import sd
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,8 +39,7 @@ SEED = 1_000_003  # of every evaluation, so that base and runs draw from the sam
 
 def evaluate(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config, seed: int = SEED) -> list[list[dict]]:
     """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}."""
-    generator = torch.Generator().manual_seed(seed)
-    rollouts = sd.attempt(chat, [problem for problem in problems for _ in range(cfg.eval_samples)], cfg, generator)
+    rollouts = sd.attempt(chat, sd.share(list(enumerate(problems))), cfg, cfg.eval_samples, seed)
     records = [
         {
             "text": r.text, "answer": sd.extract_answer(r.text), "correct": bool(r.reward),
@@ -47,7 +47,7 @@ def evaluate(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config, seed: in
         }
         for r in rollouts
     ]  # fmt: skip
-    return [records[i : i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)]
+    return sd.gathered([records[i : i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)])
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -60,7 +60,7 @@ def maj_at_k(attempts: list[dict]) -> float:
     votes: dict[object, list[bool]] = defaultdict(list)
     for a in attempts:
         if a["answer"] is not None:
-            number = sd.as_number(a["answer"])
+            number = texts.as_number(a["answer"])
             votes[sd.normalise(a["answer"]) if number is None else number].append(a["correct"])
     most = max(map(len, votes.values()), default=0)
     return float(np.mean([votes[0] for votes in votes.values() if len(votes) == most])) if votes else 0.0
@@ -108,36 +108,15 @@ def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
     return "\n".join(lines)
 
 
-def closing_report(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) -> str:
-    """What sd.py prints at its end: base (adapter off) → trained, on held-out problems, same seeds."""
-    with sd.adapters_off(chat.model):
-        before = scores(evaluate(chat, problems, cfg))
-    after = scores(evaluate(chat, problems, cfg))
-    k = cfg.eval_samples
-    lines = [
-        f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"
-    ]
-    for name, scale in METRICS.items():
-        label = f"{name}@{k}" if name in ("Avg", "Pass", "Maj") else name
-        lines.append(
-            f"{label} {scale * before[name].mean():.1f} → {scale * after[name].mean():.1f}   "
-            f"{cell(before[name], scale)} → {cell(after[name], scale)}, paired {cell(after[name] - before[name], scale)}"
-        )
-    return "\n".join(lines)
-
-
 def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
-    state = sd.load_checkpoint(Path(folder) / checkpoint)
-    try:
-        return sd.Config(**state["config"]), state["adapters"]
-    except TypeError:
-        raise sd.Refusal(f"{folder} was written by another version of sd.py; train the run anew") from None
+    path = Path(folder) / checkpoint
+    return sd.saved_config(path), sd.load_checkpoint(path)["adapters"]
 
 
 def trained(cfg: sd.Config, weights: dict) -> sd.Chat:
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
-    sd.add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    sd.add_adapters(chat.model, cfg)
     sd.load_adapters(chat.model, weights)
     return chat
 
@@ -228,7 +207,7 @@ def advantages(
         r.scored_length = None
     packed = sd.pack(chat, rollouts, replace(cfg, condition="critique", stop_at_first_edit=False))
     found: dict[int, np.ndarray] = {}
-    for start in tqdm(range(0, len(packed), cfg.micro_batch), desc="score", leave=False, delay=5, disable=None):
+    for start in sd.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
         part = packed[start : start + cfg.micro_batch]
         found |= {id(r): a.float().cpu().numpy() for r, a in zip(part, sd.token_advantages(chat, part, cfg))}
     return [found.get(id(r)) for r in rollouts]
@@ -276,14 +255,15 @@ def localise(rollouts, samples: int, found: list, places: list) -> dict:
     }
 
 
-def study_tokens(folder: str, count: int | None, samples: int | None) -> str:
+def study_tokens(folder: str, count: int | None, samples: int | None, url: str | None) -> str:
     """The table of all contexts. Writes tokens.md, tokens.json and tokens.html into the run folder."""
     cfg, _ = load_run(folder, "checkpoint.pt")
+    if sd.is_url(cfg.critic) and cfg.critic != url:
+        raise sd.Refusal(f"argument --critic: pass {cfg.critic} if you trust it; the API key goes to no address out of a file")
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     critic, fmt, samples = sd.load_critic(cfg, chat), sd.FORMATS[cfg.prompts], samples or 4
     problems = sd.load_problems(cfg, chat).test[: count or 50]
-    generator = torch.Generator().manual_seed(SEED)
-    rollouts = sd.attempt(chat, [problem for problem in problems for _ in range(samples)], cfg, generator)
+    rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, SEED)
     contexts = {
         f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0]
         for style in sd.STYLES
@@ -374,10 +354,8 @@ def terminal(e: dict) -> str:
     for name, row in e["rows"].items():
         cells = []
         for t, (token, a) in enumerate(zip(e["tokens"], row["advantage"])):
-            token = ("▼" if t == e["edit"] else "") + token.replace("\n", "⏎")
-            token = "".join(
-                c if c.isprintable() else "·" for c in token
-            )  # no escape code of a model's reaches the terminal
+            token = ("▼" if t == e["edit"] else "") + token
+            token = texts.printable(token)
             r, g, b = shade(a)
             under = "\x1b[4m" if a < -0.05 else ""
             plain = f"{token}[{a:+.1f}]" if abs(a) >= 0.05 and name != "grpo" else token
@@ -675,7 +653,87 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Main.
+# 6. What sd.py prints: at its start, after each step, at its end.
+
+
+def opening(chat: sd.Chat, problems: sd.Split) -> str:
+    trained = sum(p.numel() for p in sd.adapters(chat.model).values())
+    parts = zip(("train", "validation", "test"), map(len, problems))
+    return (f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
+            f"{chat.model.device} | {', '.join(f'{n} {name}' for name, n in parts)} problems "
+            f"(dropped: {sd.spell(problems.dropped)})")  # fmt: skip
+
+
+def step(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
+    """One line a step, a warning where one is due, and now and then an example."""
+    seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
+    print(
+        f"step {m['step']:4d}/{cfg.steps} loss {m['loss']:8.4f} kl {m['kl']:7.4f} grad {m['grad_norm']:6.3f} "
+        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} "
+        f"failed {m['critic_failed']:2d} copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
+        f"{seconds} s {m['cost']['peak_mib']:.0f} MiB",
+        flush=True,
+    )
+    if m["truncated"] > 0.5:
+        print(f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and "
+              "read as wrong")  # fmt: skip
+    if 2 * m["critic_failed"] > cfg.attempts_per_step:
+        error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
+        print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out "
+              f"({texts.printable(error)})")  # fmt: skip
+    if cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
+        show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
+
+
+def show(chat: sd.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
+    """One problem, attempt and context, and the five tokens whose probability the teacher would move most."""
+    lines = [
+        f"problem    {rollout.problem.question}   [answer {rollout.problem.answer}]",
+        f"attempt    {rollout.text}   [{'right' if rollout.reward else 'wrong'}]",
+    ]
+    if sd.CONDITIONS[cfg.condition] is None:
+        lines.append(f"advantage  {rollout.advantage:+.2f} for each of its {len(rollout.sample.ids)} tokens   [eq (3)]")
+    else:
+        lines.append(f"{cfg.condition:10s} {rollout.context or 'none: the critic failed'}")
+    if rollout.teacher_prompt:
+        a = sd.token_advantages(chat, [rollout], cfg)[0]
+        top = sorted(a.abs().topk(min(5, len(a))).indices.tolist())
+        tokens = (f"{chat.tokenizer.decode([rollout.sample.ids[t]])!r} at {t} {a[t]:+.2f}" for t in top)
+        lines.append(f"moved      {', '.join(tokens)}   [A_t of eq (2), nats]")
+    for line in lines:
+        print("  " + texts.printable(line))
+
+
+def validate(run: sd.Run, problems: list[sd.Problem]) -> None:
+    """Score the validation problems, and keep the adapters in best.pt if they never did better."""
+    score = float(scores(evaluate(run.chat, problems, run.cfg))["Avg"].mean())
+    run.log({"step": run.step, "validation_avg": score})
+    print(f"validation Avg@{run.cfg.eval_samples} {100 * score:.1f}")
+    run.best, run.stale = (score, 0) if score > run.best else (run.best, run.stale + 1)
+    if run.stale == 0:
+        run.save("best.pt")
+
+
+def closing(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) -> str:
+    """What sd.py prints at its end: base (adapter off) → trained, on held-out problems, same seeds."""
+    with sd.adapters_off(chat.model):
+        before = scores(evaluate(chat, problems, cfg))
+    after = scores(evaluate(chat, problems, cfg))
+    k = cfg.eval_samples
+    lines = [
+        f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"
+    ]
+    for name, scale in METRICS.items():
+        label = f"{name}@{k}" if name in ("Avg", "Pass", "Maj") else name
+        lines.append(
+            f"{label} {scale * before[name].mean():.1f} → {scale * after[name].mean():.1f}   "
+            f"{cell(before[name], scale)} → {cell(after[name], scale)}, paired {cell(after[name] - before[name], scale)}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Main.
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -694,6 +752,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", default="checkpoint.pt", help="in each run folder: checkpoint.pt (last) or best.pt"
     )
+    parser.add_argument("--critic", metavar="URL", help="--tokens: the address of RUN's http critic, once more")
     parser.add_argument("--samples", type=int, help="attempts a problem, k [12; --tokens 4; --filter 16]")
     parser.add_argument("--problems", type=int, help="use the first so many test problems [all; --tokens 50]")
     parser.add_argument("--seeds", type=int, default=5, help="--reproduce: seeds of each arm [5]")
@@ -717,7 +776,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.reproduce:
             print(reproduce(Path(args.out or "runs/reproduce"), args.seeds, flags))
         elif args.tokens:
-            print(study_tokens(args.tokens, args.problems, args.samples))
+            print(study_tokens(args.tokens, args.problems, args.samples, args.critic))
         elif args.plot:
             print(plot(Path("runs/reproduce"), Path("runs/critique"), Path(args.out or "assets")))
         elif args.filter:
@@ -729,7 +788,7 @@ def main(argv: list[str] | None = None) -> int:
             raise sd.Refusal("name run folders, or one of --tokens, --reproduce, --plot, --filter; see --help")
         return 0
     except sd.Refusal as refusal:
-        print(f"eval.py: {refusal}", file=sys.stderr)
+        print(f"eval.py: {texts.printable(str(refusal))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eval.py: stopped; --reproduce and --filter go on where they were", file=sys.stderr)

@@ -30,13 +30,12 @@ import contextlib
 import functools
 import hashlib
 import http.client
-import inspect
+import io
 import itertools
 import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -45,24 +44,21 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
-import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from critic_prompts import FORMATS, STYLES, ToyLanguage, strip_thinking, user
-
-
-class Refusal(Exception):
-    """Something the user can mend. `main` prints it as one line and exits with 2."""
+from critic_prompts import (FORMATS, STYLES, Problem, Refusal, extract_answer, grader, is_correct, normalise, printable, read_row,
+                            read_rows, spell, strip_thinking, toy_world, user)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,24 +75,22 @@ class Config:
     """Defaults are the paper's, else those of OPSD (its parent), else ours ("untuned"). PRESETS override them."""
 
     condition: str = knob("critique", "who writes what the teacher reads", lambda: CONDITIONS)
-    preset: str = knob("auto", "numbers to start from; auto is toy without CUDA and --model", lambda: ("auto", *PRESETS))
+    preset: str = knob("auto", "auto is toy without CUDA and --model", lambda: ("auto", *PRESETS))
     model: str = knob("Qwen/Qwen3-1.7B", "the solver: hub name, folder, or toy (paper)")
-    data: str = knob(
-        "hub:agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json", ".json[l] file, hub:owner/name/file, or toy"
-    )
+    data: str = knob("hub:agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json", ".json[l], hub:…, or toy")
     prompts: str = knob("steps", "format in critic_prompts.py", lambda: FORMATS)
     test_problems: int = knob(100, "problems held out for eval.py", low=1)
     validation_problems: int = knob(50, "problems held out to choose best.pt", low=0)
     skip_bad_rows: bool = knob(False, "count malformed rows of --data instead of stopping")
-    critic: str = knob("self", "self (adapter off), a model, or http(s)://…/v1 (paper: QwQ-32B)")
+    critic: str = knob("self", "self (adapter off), a model, or http(s)://…/v1[,…] (paper: QwQ-32B)")
     critic_model: str = knob("", "name of the model behind an http critic")
     critic_sees_reference: bool = knob(True, "show the critic the worked solution (paper: yes)")
     critic_style: str = knob("copy", "copy and mend, quote the error, or omit what is right", lambda: STYLES)
     critic_max_new_tokens: int = knob(0, "cap of a critique, tokens; 0: twice an attempt's (untuned)", low=0)
     critic_parallel: int = knob(16, "http requests at once (untuned)", low=1)
     critic_timeout: float = knob(600.0, "seconds for one http reply (untuned)", low=0.01)
-    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: (*KL, "sampled"))
-    stop_at_first_edit: bool = knob(False, "critique only: score no token past the first that was mended (ours)")
+    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: LOSSES.keys() - {"grpo"})
+    stop_at_first_edit: bool = knob(False, "critique only: score no token past the first mended one (ours)")
     teacher_thinking: bool = knob(False, "teacher's template thinks, student's does not (paper: yes)")
     max_prompt_tokens: int = knob(0, "cap of the teacher's prompt, tokens; 0: the model's window", low=0)
     steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
@@ -112,11 +106,10 @@ class Config:
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
     gradient_checkpointing: bool = knob(True, "recompute activations in backward; memory, not results")
-    dtype: str = knob(
-        "auto", "of frozen weights; auto is bfloat16 on CUDA, else float32", lambda: ("auto", "bfloat16", "float32")
-    )
+    dtype: str = knob("auto", "of frozen weights; auto: bfloat16 on CUDA", lambda: ("auto", "bfloat16", "float16", "float32"))
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
     eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
+    patience: int = knob(0, "evaluations in a row without a new best that end the run; 0: off", low=0)
     eval_samples: int = knob(12, "attempts a problem in every evaluation (paper)", low=1)
     final_problems: int = knob(8, "test problems of the closing before → after; 0: none", low=0)
     save_every: int = knob(10, "steps between checkpoints; 0: only the last (paper)", low=0)
@@ -129,88 +122,85 @@ class Config:
 
 PRESETS = {
     "toy": dict(
-        model="toy", data="toy", prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16, lora_alpha=32.0,
-        temperature=1.0, max_new_tokens=64, sample_batch=1024, micro_batch=32, gradient_checkpointing=False,
-        final_problems=100,
+        model="toy", data="toy", prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16,
+        lora_alpha=32.0, temperature=1.0, max_new_tokens=64, sample_batch=1024, micro_batch=32,
+        gradient_checkpointing=False, final_problems=100,
     ),
     "qwen": {},
 }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Problems and reward. EDIT HERE (problems and reward)
+# Processes: one, or many under torchrun. With one, each of these hands back what it was given: read on at 1.
 
 
-@dataclass(frozen=True)
-class Problem:
-    question: str
-    solution: str  # worked out, by the data set's author
-    answer: str
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def read_row(row: object) -> Problem:
-    """Two schemas, told apart by their fields: problem, solution, answer; and GSM8K's question, answer (… #### 42)."""
-    if isinstance(row, Exception):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    gsm8k = "problem" not in row
-    texts = []
-    for name in ("question", "answer") if gsm8k else ("problem", "solution", "answer"):
-        value = row.get(name)
-        if name == "answer" and type(value) in (int, float):
-            value = str(value)
-        if not isinstance(value, str) or not value.strip():
-            what = "missing" if name not in row else "empty" if isinstance(value, str) else "not text"
-            raise ValueError(f"field {name!r} is {what}")
-        value.encode()  # half of a surrogate pair is a ValueError here, not a crash of the tokenizer in mid-run
-        texts.append(value.strip())
-    if gsm8k:
-        if "####" not in texts[1]:
-            raise ValueError("field 'answer' has no '#### ANSWER' at its end, and there is no field 'problem'")
-        texts.append(texts[1].rpartition("####")[2].strip())
-        if not texts[2]:
-            raise ValueError("field 'answer' has nothing after its '####'")
-    return Problem(*texts)
+def join() -> None:
+    """Under torchrun, meet the others; rank 0 alone prints. A group must outlive a slow rank's whole rollout."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_device())
+        if rank():
+            sys.stdout = open(os.devnull, "w")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, row) of a .json array or a .jsonl file; a line that is not JSON comes as a ValueError."""
-    try:
-        text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is not data
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except OSError as error:
-        raise Refusal(f"{path}: {error.strerror}; give --data a .json or .jsonl file") from None
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1))
-        except (ValueError, RecursionError) as error:
-            raise Refusal(f"{path}: not JSON ({error}); is the file cut off?") from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"{path}, line {number}", ValueError(f"is not JSON ({error})")
+def local_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def find_data(name: str) -> Path:
-    """The local path of --data; `hub:owner/name/path` is fetched once, into the hub's own cache."""
-    if name == "toy":
-        return toy_world() / "problems.jsonl"
-    if not name.startswith("hub:"):
-        return Path(name)
-    owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
-    offline = not hub_answers()
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset", local_files_only=offline)
-        )
-    except Exception as error:  # the hub's client raises a dozen unrelated types, which mean the same to the user
-        reason = "the hub does not answer" if offline else type(error).__name__
-        raise Refusal(f"cannot fetch {name} ({reason}); give --data a local .jsonl file, or --preset toy") from None
+def share(items: list) -> list:
+    """This process's part."""
+    return items[rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def gathered(items: list) -> list:
+    """All parts, in the order that they had before `share`."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [x for row in itertools.zip_longest(*parts) for x in row if x is not None]
+
+
+def summed(*values: float):
+    """Each number, summed over the processes; an int stays an int."""
+    totals = [sum(column) for column in zip(*gathered([values]))]
+    return totals[0] if len(totals) == 1 else totals
+
+
+def sum_gradients(weights: list[nn.Parameter]) -> None:
+    """One all-reduce of all gradients, as one flat vector."""
+    if dist.is_initialized():
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])
+        dist.all_reduce(flat)
+        for p, part in zip(weights, flat.split([p.numel() for p in weights])):
+            p.grad = part.view_as(p)
+
+
+def leader(function: Callable) -> Callable:
+    """Of a procedure that one process does for all."""
+    return functools.wraps(function)(lambda *args: None if rank() else function(*args))
+
+
+def leader_first(make: Callable):
+    """make(), by the leader and then by the others: what it builds or fetches, they find."""
+    made = None if rank() else make()
+    if dist.is_initialized():
+        dist.barrier()
+    return make() if rank() else made
+
+
+def progress(items=None, **options) -> tqdm:
+    return tqdm(items, leave=False, delay=5, disable=True if rank() else None, **options)
+
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Problems. Their files and the reward, `is_correct`, are in critic_prompts.py.
 
 
 @functools.cache
@@ -225,8 +215,25 @@ def hub_answers() -> bool:
     return True
 
 
-def normalise(text: str) -> str:
-    return " ".join(text.lower().split())
+def fetch(what: str, mend: str, local: bool, get: Callable):
+    """get(local_files_only=…), or a Refusal: the hub's clients raise a dozen types, all of which mean `not there`."""
+    offline = not local and not hub_answers()
+    try:
+        return get(local_files_only=local or offline)
+    except Exception as error:
+        reason = "the hub does not answer" if offline else f"{type(error).__name__}: {error}".split("\n")[0][:150]
+        raise Refusal(f"cannot load {what} ({reason}); give {mend}, or --preset toy") from None
+
+
+def find_data(name: str) -> Path:
+    """The local path of --data; `hub:owner/name/path` is fetched once, into the hub's own cache."""
+    if name == "toy":
+        return toy_world() / "problems.jsonl"
+    if not name.startswith("hub:"):
+        return Path(name)
+    owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
+    get = functools.partial(huggingface_hub.hf_hub_download, f"{owner}/{repo}", file, repo_type="dataset")
+    return Path(fetch(name, "--data a local .jsonl file", False, get))
 
 
 class Split(NamedTuple):
@@ -239,19 +246,18 @@ class Split(NamedTuple):
 
 
 def read_problems(cfg: Config, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], dict[str, int]]:
-    """({normalised text: (problem, its row)}, rows dropped by reason). A Refusal names file, line and field of a bad row."""
-    found, dropped = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}
-    if cfg.max_new_tokens >= chat.window:
-        raise Refusal(
-            f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}"
-        )
+    """({normalised text: (problem, its row)}, rows dropped by reason). A Refusal names a bad row's file, line, field."""
+    found, dropped, room = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}, chat.window - cfg.max_new_tokens
     for where, row in read_rows(find_data(cfg.data)):
         if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
             dropped["without a solution"] += 1
             continue
         try:
             problem = read_row(row)
-            check_length(problem, chat, cfg)
+            size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
+            short = size <= room // 2 or size <= 64 * room and len(student_prompt(chat, problem, cfg)) <= room
+            if not short:
+                raise ValueError(f"beside --max-new-tokens {cfg.max_new_tokens} exceeds the window of {chat.window}")
         except ValueError as error:
             if not cfg.skip_bad_rows:
                 raise Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
@@ -268,92 +274,12 @@ def load_problems(cfg: Config, chat: "Chat") -> Split:
     found, dropped = read_problems(cfg, chat)
     test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
     if len(found) <= held_out:
-        raise Refusal(
-            f"{cfg.data}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on beside {held_out} "
-            f"held out; add problems or lower --test-problems and --validation-problems"
-        )
+        raise Refusal(f"{cfg.data}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on "
+                      f"beside {held_out} held out; lower --test-problems and --validation-problems")  # fmt: skip
     keys = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
     problems = [found[key][0] for key in keys]
     return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
 
-
-def spell(counts: dict[str, int]) -> str:
-    return ", ".join(f"{n} {what}" for what, n in counts.items())
-
-
-def check_length(problem: Problem, chat: "Chat", cfg: Config) -> None:
-    room = chat.window - cfg.max_new_tokens
-    size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
-    if size > room // 2 and (
-        size > 64 * room or len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) > room
-    ):
-        raise ValueError(
-            f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens {cfg.max_new_tokens}"
-        )
-
-
-def extract_answer(text: str) -> str | None:
-    """The last <answer>…</answer>, else the last \\boxed{…}, else what follows the last ####; None if there is none.
-
-    No regular expression scans the whole text: a hostile 10 MB answer costs a few searches.
-    """
-    start = text.rfind("<answer>")
-    if start >= 0:
-        return text[start + 8 :][:1000].split("</answer>")[0].strip() or None
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for i, letter in enumerate(text[start + 6 : start + 1006]):
-            depth += (letter == "{") - (letter == "}")
-            if depth == 0:
-                return text[start + 7 : start + 6 + i].strip() or None
-        return None
-    start = text.rfind("####")
-    return text[start + 4 : start + 1004].strip().partition("\n")[0].strip() or None if start >= 0 else None
-
-
-def as_number(text: str) -> Fraction | None:
-    """`1,234`, `-3/4`, `\\frac{3}{4}`, `$5.50`, `12%`: the exact number, else None. Nothing is ever evaluated."""
-    text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
-    text = re.sub(r"\\[!,;: ]|[\s$]|\\text\{[^{}]*\}", "", text).rstrip(".")
-    share = 100 if text.endswith("%") else 1
-    text = text.removesuffix("%").removesuffix("\\")
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    if not re.fullmatch(r"[-+]?(\d{1,40}(\.\d{1,40})?|\.\d{1,40}|\d{1,40}/\d{1,40})", text):
-        return None
-    try:
-        return Fraction(text) / share
-    except ZeroDivisionError:
-        return None
-
-
-@functools.cache
-def math_verify():
-    """The optional package math-verify, which knows that \\sqrt{8} = 2\\sqrt{2}; None where it is not installed."""
-    try:
-        import math_verify as package
-    except ImportError:
-        return None
-    return package
-
-
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the response ends in this answer: the one grader of reward and evaluation."""
-    found = extract_answer(text)
-    if found is None:
-        return False
-    if normalise(found) == normalise(answer):
-        return True
-    number, wanted = as_number(found), as_number(answer)
-    if number is not None and wanted is not None:
-        return number == wanted
-    # math-verify computes what it reads: towers, factorials, long numbers and deep nesting would hang it
-    tame = len(found) < 100 and not re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", found)
-    if tame and sum(map(found.count, "({[")) < 12 and math_verify():
-        parse = math_verify().parse
-        return bool(math_verify().verify(parse(f"${answer}$"), parse(f"${found}$")))
-    return False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,8 +289,8 @@ def is_correct(text: str, answer: str) -> bool:
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) B A x with W frozen, A (rank, in) and B (out, rank) trained, in float32.
 
-    B starts at zero, so the student starts as the teacher. float32 whatever W is: bfloat16 keeps 8 bits of a number,
-    and updates of 5e-6 would round away.
+    B starts at zero, so the student starts as the teacher. float32 whatever W is: bfloat16 keeps 8 bits of a
+    number, and updates of 5e-6 would round away.
     """
 
     enabled = True
@@ -388,14 +314,14 @@ class LoRALinear(nn.Linear):
         self.B.zero_()
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
+def add_adapters(model: nn.Module, cfg: Config) -> None:
     """Freeze the model and put a LoRALinear in place of every projection but the head."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not model.get_output_embeddings():
-                setattr(parent, name, LoRALinear(child, rank, alpha, generator))
+                setattr(parent, name, LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, generator))
     if not adapters(model):
         raise Refusal(f"{type(model).__name__} has no nn.Linear projection for LoRA; choose another --model")
 
@@ -406,17 +332,16 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, and until `merge`, the model is the initial policy, bit for bit. Run no backward in here: checkpointing recomputes blocks
-    during backward, and would recompute them without the adapter."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    before = [layer.enabled for layer in layers]
+    """Inside, the model is the initial policy, bit for bit. Run no backward in here: checkpointing recomputes
+    blocks during backward, and would recompute them without the adapter."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear) and module.enabled]
     for layer in layers:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before):
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True
 
 
 @dataclass
@@ -436,19 +361,15 @@ class Chat:
         """Ids of a conversation and of the header of the reply."""
         safe = [{**m, "content": self.defuse(m["content"])} for m in messages]
         text = self.tokenizer.apply_chat_template(
-            safe, tokenize=False, add_generation_prompt=header, enable_thinking=thinking
-        )
+            safe, tokenize=False, add_generation_prompt=header, enable_thinking=thinking)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special ones
 
     def defuse(self, text: str) -> str:
-        """A special token's name inside a problem or an attempt is text: a space in it keeps it from ending a turn."""
-        for name in self.special:
-            text = text.replace(name, name[:1] + " " + name[1:])
+        """A special token's name in a problem or an attempt is text: a space in it keeps it from ending a turn."""
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                text = text.replace(token.content, token.content[:1] + " " + token.content[1:])
         return text
-
-    @functools.cached_property
-    def special(self) -> list[str]:
-        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     @functools.cached_property
     def header_length(self) -> int:
@@ -462,54 +383,38 @@ class Chat:
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
     """A frozen chat model, from a folder or the hub. A Refusal says why a model can't be used, in one line."""
     name = str(toy_world()) if name == "toy" else name
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    offline = not os.path.isdir(name) and not hub_answers()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=offline)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), local_files_only=offline
-        ).to(device)
-    except Exception as error:  # OSError, ValueError, network errors: all say that there is no such model here
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
-        reason = "there is no such folder, and the hub does not answer" if offline else reason
-        raise Refusal(f"cannot load model {name} ({reason}); give a local folder, or --preset toy") from None
+    device = torch.device(local_device() if device == "auto" else device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    load = lambda **where: (transformers.AutoTokenizer.from_pretrained(name, **where),
+                            transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **where))
+    tokenizer, model = fetch(f"model {name}", "a local folder", os.path.isdir(name), load)
     if not tokenizer.chat_template:
         raise Refusal(f"{name} has no chat template; choose an instruction-tuned model")
-    text_config = model.config.get_text_config()
-    stops = [getattr(c, "eos_token_id", None) for c in (tokenizer, text_config, model.generation_config)]
+    config = model.config.get_text_config()
+    stops = [getattr(c, "eos_token_id", None) for c in (tokenizer, config, model.generation_config)]
     end_ids = {i for stop in stops for i in (stop if isinstance(stop, list) else [stop]) if i is not None}
     if not end_ids:
         raise Refusal(f"{name} names no end token, so no attempt would stop; set eos_token in tokenizer_config.json")
     for module in model.modules():  # dropout would tell the student from the teacher by noise
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    window = getattr(text_config, "max_position_embeddings", 1 << 20)
-    chat = Chat(model.requires_grad_(False), tokenizer, sorted(end_ids), window)
+        for rate in {"p", "attention_dropout"} & vars(module).keys():
+            setattr(module, rate, 0.0)
+    window = getattr(config, "max_position_embeddings", 1 << 20)
+    chat = Chat(model.to(device).requires_grad_(False), tokenizer, sorted(end_ids), window)
     check_head(chat, name)
     return chat
 
 
+@torch.no_grad()
 def check_head(chat: Chat, name: str) -> None:
-    """Refuse a head that is not logits = h Wᵀ, as the fused losses assume."""
+    """Refuse a head that is not logits = h Wᵀ, as the fused loss assumes."""
     head, config = chat.model.get_output_embeddings(), chat.model.config.get_text_config()
-    reason = ""
-    if getattr(config, "final_logit_softcapping", None):
-        reason = "soft-caps its logits (final_logit_softcapping)"
-    elif any(getattr(config, scale, 1.0) not in (None, 1.0) for scale in ("logit_scale", "logits_scaling")):
-        reason = "scales its logits"
-    elif not isinstance(head, nn.Linear) or head.bias is not None:
-        reason = "has a head with a bias, or no linear head"
-    else:
-        with torch.no_grad():  # a head may hide its arithmetic in its forward: ask it
-            ids = torch.tensor([chat.end_ids[:1] * 4], device=chat.model.device)
-            plain = F.linear(chat.model.base_model(input_ids=ids).last_hidden_state, head.weight)
-            if not torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=0.02):
-                reason = "computes its logits in a way of its own"
-    if reason:
-        raise Refusal(f"{name} {reason}, which the fused loss does not compute; choose another --model")
+    ids = torch.arange(4, device=chat.model.device)[None]
+    fused = type(head) is nn.Linear and head.bias is None and not getattr(config, "final_logit_softcapping", None)
+    if fused:  # a head may hide its arithmetic in the model's forward: ask it
+        plain = F.linear(chat.model.base_model(input_ids=ids).last_hidden_state, head.weight)
+        fused = torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=0.02 * plain.abs().max())
+    if not fused:
+        raise Refusal(f"{name} caps, scales or biases its logits, which the fused loss does not; choose another --model")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -523,72 +428,61 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
-def generate(
-    chat: Chat,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    generator=None,
-    batch: int = 64,
-) -> list[Sample]:
-    """One response for each prompt. Temperature 0 is greedy; else the full softmax is drawn from, since the loss scores
-    the full softmax: no top-k, no top-p, whatever the model's generation config says.
+def generate(chat: Chat, prompts: list[list[int]], max_new_tokens: int, *, uniforms: np.ndarray | None = None,
+             temperature: float = 1.0, batch: int = 64) -> list[Sample]:
+    """One response for each prompt; greedy without `uniforms`, float32 in [0, 1), (rows, max_new_tokens).
 
-    Each row has uniforms of its own, drawn on the CPU: its randomness depends neither on its neighbours nor on the device.
+    The full softmax is drawn from, since the loss scores the full softmax: no top-k, no top-p, whatever the model's
+    generation config says. A row's randomness is its own: it depends neither on its neighbours nor on the device.
     """
-    uniform = torch.rand(len(prompts), max_new_tokens if temperature else 0, generator=generator)
     chat.model.eval()
     samples = []
-    with tqdm(total=len(prompts), desc="generate", unit="row", leave=False, delay=5, disable=None) as bar:
+    with progress(total=len(prompts), desc="generate", unit="row") as bar:
         for start in range(0, len(prompts), batch):
             rows = slice(start, start + batch)
-            samples += generate_batch(chat, prompts[rows], uniform[rows], max_new_tokens, temperature, bar)
+            own = None if uniforms is None else torch.from_numpy(uniforms[rows]).to(chat.model.device)
+            samples += generate_batch(chat, prompts[rows], own, max_new_tokens, temperature, bar)
     return samples
 
 
-def generate_batch(
-    chat: Chat, prompts: list[list[int]], uniform: Tensor, max_new_tokens: int, temperature: float, bar: tqdm
-) -> list[Sample]:
+def generate_batch(chat: Chat, prompts: list[list[int]], uniforms: Tensor | None, max_new_tokens: int,
+                   temperature: float, bar: tqdm) -> list[Sample]:
+    """Rows that have ended leave the batch, their keys and values with them. NaN logits are a FloatingPointError."""
     device, width, B = chat.model.device, max(map(len, prompts)), len(prompts)
     ids = torch.tensor([chat.end_ids[:1] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, width)
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # a padded row's first real token stands at position 0
-    uniform, ends = uniform.to(device), torch.tensor(chat.end_ids, device=device)
-    rows = torch.arange(B, device=device)  # the prompt that each row of the shrinking batch belongs to
-    drawn = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    length = torch.full((B,), max_new_tokens, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    ends, rows = torch.tensor(chat.end_ids, device=device), torch.arange(B, device=device)
+    drawn = torch.full((B, max_new_tokens), -1, device=device)
     entropy = torch.zeros(B, device=device)
     cache = transformers.DynamicCache(config=chat.model.config)
     for t in range(max_new_tokens):
         hidden = chat.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        logits = F.linear(hidden[:, -1], chat.head).float()  # (rows, V)
-        if temperature:
-            log_p = F.log_softmax(logits / temperature, -1)
-            p = log_p.exp()
-            entropy[rows] -= (p * log_p).sum(-1)
-            cdf = p.cumsum(-1)  # inverse-CDF: one uniform a row
-            token = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
+        p = F.softmax(F.linear(hidden[:, -1], chat.head).float() / temperature, -1)  # (rows, V)
+        entropy[rows] += torch.special.entr(p).sum(-1)
+        if uniforms is None:
+            token = p.argmax(-1)
+        else:  # inverse CDF: one uniform a row
+            cdf = p.cumsum(-1)
+            token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
             token = token.clamp(max=cdf.shape[1] - 1)
-        else:
-            token = logits.argmax(-1)
         drawn[rows, t] = token
-        done = torch.isin(token, ends)
-        if done.any():  # finished rows leave, their keys and values with them
-            length[rows[done]], ended[rows[done]] = t + 1, True
-            keep = (~done).nonzero()[:, 0]
+        keep = torch.isin(token, ends, invert=True).nonzero()[:, 0]
+        if len(keep) < len(rows):
             bar.update(len(rows) - len(keep))
             if len(keep) == 0:
                 break
             cache.reorder_cache(keep)  # not batch_select_indices, which linear-attention layers lack
             rows, token, position, mask = rows[keep], token[keep], position[keep], mask[keep]
         ids, position, mask = token[:, None], position[:, -1:] + 1, F.pad(mask, (0, 1), value=1)
-    bar.update(B - int(ended.sum()))
-    columns = zip(drawn.tolist(), length.tolist(), ended.tolist(), (entropy / length).tolist())
-    return [Sample(row[:n], not end, mean) for row, n, end, mean in columns]
+    else:
+        bar.update(len(rows))
+    if not entropy.isfinite().all():
+        raise FloatingPointError(f"logits while sampling row {entropy.isfinite().long().argmin()} of the batch")
+    responses = [[i for i in row if i >= 0] for row in drawn.tolist()]
+    return [Sample(r, r[-1] not in chat.end_ids, e / len(r)) for r, e in zip(responses, entropy.tolist())]
 
 
 @dataclass
@@ -603,21 +497,30 @@ class Rollout:
     context: str | None = None  # c of eq (1); None: no teacher, or no critique
     scored_length: int | None = None  # response tokens that are scored; None: all
     teacher_prompt: list[int] | None = None
-    advantage: float | None = None  # eq (3)
+    advantage: float = 0.0  # eq (3)
 
     @property
     def scored(self) -> list[int]:
         return self.sample.ids[: self.scored_length]
 
 
-def attempt(chat: Chat, problems: list[Problem], cfg: Config, generator: torch.Generator) -> list[Rollout]:
-    prompts = [chat.encode(FORMATS[cfg.prompts].student(problem.question)) for problem in problems]
-    options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, batch=cfg.sample_batch)
-    rollouts = []
-    for problem, prompt, sample in zip(problems, prompts, generate(chat, prompts, generator=generator, **options)):
-        text = chat.decode(sample.ids)
-        rollouts.append(Rollout(problem, prompt, sample, text, float(is_correct(text, problem.answer))))
-    return rollouts
+def student_prompt(chat: Chat, problem: Problem, cfg: Config) -> list[int]:
+    return chat.encode(FORMATS[cfg.prompts].student(problem.question))
+
+
+def attempt(chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, samples: int = 1,
+            seed: int | None = None) -> list[Rollout]:
+    """`samples` attempts at each (number, problem). The k-th draws from random numbers that follow from
+    (seed, number, k) alone, so that neither batch nor process decides what is drawn. `seed` is cfg's by default."""
+    seed, T = cfg.seed if seed is None else seed, cfg.max_new_tokens
+    keys = [(number, problem, k) for number, problem in problems for k in range(samples)]
+    draws = [np.random.default_rng((seed, number, k)).random(T, np.float32) for number, _, k in keys]
+    prompts = [student_prompt(chat, problem, cfg) for _, problem, _ in keys]
+    drawn = generate(chat, prompts, T, uniforms=np.array(draws).reshape(-1, T), temperature=cfg.temperature,
+                     batch=cfg.sample_batch)
+    texts = [chat.decode(sample.ids) for sample in drawn]
+    return [Rollout(problem, prompt, sample, text, float(is_correct(text, problem.answer)))
+            for (_, problem, _), prompt, sample, text in zip(keys, prompts, drawn, texts)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -629,8 +532,7 @@ class Reply(NamedTuple):
     tokens: int  # generated, as far as is known
 
 
-class Critic(Protocol):
-    def __call__(self, conversations: list[list[dict]]) -> list[Reply]: ...
+Critic = Callable[[list[list[dict]]], list[Reply]]  # conversations in, a reply to each out
 
 
 @dataclass
@@ -646,9 +548,7 @@ class LocalCritic:
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) + self.max_new_tokens <= self.chat.window]
         replies = [Reply(None, 0)] * len(prompts)
         with adapters_off(self.chat.model):
-            samples = generate(
-                self.chat, [prompts[i] for i in fit], max_new_tokens=self.max_new_tokens, batch=self.batch
-            )
+            samples = generate(self.chat, [prompts[i] for i in fit], self.max_new_tokens, batch=self.batch)
         for i, sample in zip(fit, samples):
             replies[i] = Reply(None if sample.truncated else self.chat.decode(sample.ids), len(sample.ids))
         return replies
@@ -656,67 +556,63 @@ class LocalCritic:
 
 @dataclass
 class HTTPCritic:
-    """OpenAI-compatible chat completions: vLLM, SGLang, llama.cpp, transformers serve, a hosted API."""
+    """OpenAI-compatible chat completions: vLLM, SGLang, llama.cpp, transformers serve, a hosted API; one or a fleet."""
 
-    url: str
+    urls: list[str]
     model: str
     max_new_tokens: int
     parallel: int
     timeout: float
     tries: int = 4
     pause: float = 1.0  # seconds before the second try; doubles
+    rest: float = 30.0  # seconds for which a server that failed is passed over, while others stand
     last_error: str = ""
+
+    def __post_init__(self):
+        self.turn, self.back = itertools.count(), dict.fromkeys(self.urls, 0.0)  # when each may be asked again
 
     def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
         with ThreadPoolExecutor(self.parallel) as pool:
-            replies = pool.map(self.ask, conversations)
-            return list(tqdm(replies, total=len(conversations), desc="critic", leave=False, delay=5, disable=None))
+            return list(progress(pool.map(self.ask, conversations), total=len(conversations), desc="critic"))
 
     def ask(self, messages: list[dict]) -> Reply:
-        """429, 5xx, time-outs and broken replies are tried again; any other 4xx is not."""
+        """429, 5xx, time-outs and broken replies are tried again, elsewhere if there is another server; any other
+        4xx is not. A reply can be anything, so any exception that reading it raises is a failure of that reply."""
         for k in range(self.tries):
-            time.sleep(k and self.pause * 2 ** (k - 1))
+            up = [url for url in self.urls if self.back[url] <= time.monotonic()]
+            time.sleep(k and not up[1:] and self.pause * 2 ** (k - 1))
+            url = (up or self.urls)[next(self.turn) % len(up or self.urls)]
             try:
-                return self.post(messages)
-            except urllib.error.HTTPError as error:
-                self.last_error = f"HTTP {error.code}"
-                if error.code != 429 and error.code < 500:
+                return self.post(url, messages)
+            except Exception as error:
+                code = getattr(error, "code", 500)
+                self.last_error = f"HTTP {code}" if hasattr(error, "code") else f"{type(error).__name__}: {error}"[:100]
+                if code != 429 and code < 500:
                     break
-            except (
-                OSError,
-                http.client.HTTPException,
-                ValueError,
-                LookupError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-            ) as error:
-                self.last_error = f"{type(error).__name__}: {error}"[:100]
+                self.back[url] = time.monotonic() + self.rest
         return Reply(None, 0)
 
-    def post(self, messages: list[dict]) -> Reply:
+    def post(self, url: str, messages: list[dict]) -> Reply:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_new_tokens}
         headers = {"Content-Type": "application/json"}
         # read here and kept nowhere: no config, log or message holds it; http.client would quote one with a line end
         if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-        )
+        request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = json.loads(response.read())
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"]["content"]
         if not isinstance(text, str | None):
             raise TypeError("content is not text")
-        tokens = int(usage.get("completion_tokens") or 0)
-        return Reply(None if choice.get("finish_reason") == "length" else text, tokens)
+        return Reply(None if choice.get("finish_reason") == "length" else text, int(usage.get("completion_tokens") or 0))
 
 
 def load_critic(cfg: Config, chat: Chat) -> Critic:
     length = cfg.critic_max_new_tokens or 2 * cfg.max_new_tokens
     if is_url(cfg.critic):
-        return HTTPCritic(cfg.critic, cfg.critic_model, length, cfg.critic_parallel, cfg.critic_timeout)
+        urls = [url.strip() for url in cfg.critic.split(",")]
+        return HTTPCritic(urls, cfg.critic_model, length, cfg.critic_parallel, cfg.critic_timeout)
     frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg.dtype, cfg.device)
     return LocalCritic(frozen, cfg.critic_max_new_tokens or min(length, frozen.window // 2), cfg.sample_batch)
 
@@ -726,8 +622,8 @@ def is_url(name: str) -> bool:
 
 
 def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[list[str | None], int]:
-    """(a critique or None for each rollout, tokens that the critic generated). Empty, cut off, or without steps and an
-    answer is None: half a trace or an error message in the teacher's prompt would be distilled like any other text."""
+    """(a critique or None for each rollout, tokens that the critic generated). Empty, cut off, or without steps and
+    an answer is None: half a trace or an error message in the teacher's prompt would be distilled like any text."""
     fmt, conversations = FORMATS[cfg.prompts], []
     for r in rollouts:
         solution = r.problem.solution if cfg.critic_sees_reference else None
@@ -762,14 +658,13 @@ def group_advantages(rewards: list[float], group_size: int) -> list[float]:
 
 def write_contexts(rollouts: list[Rollout], critic: Critic, cfg: Config) -> int:
     """Give each rollout its context, or in grpo its advantage. Returns the tokens that the critic generated."""
-    author = CONDITIONS[cfg.condition]
-    if author is None:
-        for r, advantage in zip(rollouts, group_advantages([r.reward for r in rollouts], cfg.group_size)):
-            r.advantage = advantage
+    if CONDITIONS[cfg.condition] is None:
+        for r, r.advantage in zip(rollouts, group_advantages([r.reward for r in rollouts], cfg.group_size)):
+            pass
         return 0
-    contexts, tokens = author(rollouts, critic, cfg)
-    for r, context in zip(rollouts, contexts):
-        r.context = context
+    contexts, tokens = CONDITIONS[cfg.condition](rollouts, critic, cfg)
+    for r, r.context in zip(rollouts, contexts):
+        pass
     return tokens
 
 
@@ -778,19 +673,16 @@ def write_contexts(rollouts: list[Rollout], critic: Critic, cfg: Config) -> int:
 
 
 def teacher_prompt(chat: Chat, question: str, context: str, cfg: Config) -> list[int] | None:
-    """The teacher's prompt within the window. An over-long context loses its own middle: question, format and header
-    stay whole. None if they alone do not fit."""
+    """The teacher's prompt within the window. An over-long context loses its own middle: question, format and
+    header stay whole. None if they alone do not fit."""
     room = min(chat.window - cfg.max_new_tokens, cfg.max_prompt_tokens or chat.window)
     render = lambda text: chat.encode(FORMATS[cfg.prompts].teacher(question, text), cfg.teacher_thinking)
-    ids = render(context)
-    if len(ids) <= room:
-        return ids
-    words = chat.tokenizer(context, add_special_tokens=False)["input_ids"]
+    ids, words = render(context), chat.tokenizer(context, add_special_tokens=False)["input_ids"]
     keep = len(words)
     while len(ids) > room and keep > 0:
         keep = max(0, keep - (len(ids) - room))
-        front = chat.decode(words[: keep - keep // 2])
-        ids = render(front + " … " + chat.decode(words[len(words) - keep // 2 :]))
+        back = chat.decode(words[len(words) - keep // 2 :])
+        ids = render(chat.decode(words[: keep - keep // 2]) + " … " + back)
     return ids if len(ids) <= room else None
 
 
@@ -850,10 +742,10 @@ def teacher_hidden(chat: Chat, rollouts: list[Rollout], responses: list[list[int
 #     ∂/∂z_k = Σ_v p_v (1[v=k] − p_k) d_v + Σ_v p_v (1[v=k] − p_k) = p_k (d_k − KL) + 0
 #   eq (5), KL(q‖p) = Σ_v q_v (log q_v − log p_v):
 #     ∂/∂z_k = −Σ_v q_v (1[v=k] − p_k) = p_k − q_k
-#   sampled token, −A log p_y with A = log q_y − log p_y held constant:
-#     ∂/∂z_k = −A (1[y=k] − p_k), whose mean over y ~ p is eq (4)'s gradient
-# And z = h Wᵀ / temperature, so ∂/∂h = (∂/∂z) W / temperature. A row's gradient is linear in the row's weight, so it is
-# made in the forward pass, while the row's logits exist, and the backward pass only scales it.
+#   drawn token, −A log p_y with A held constant, eq (3), or A = log q_y − log p_y, eq (2):
+#     ∂/∂z_k = A (p_k − 1[y=k]), for eq (2) the gradient of eq (4) in the mean over y ~ p
+# And z = h Wᵀ / temperature, so ∂/∂h = (∂/∂z) W / temperature. A row's gradient is linear in the row's weight, so
+# it is made in the forward pass, while the row's logits exist, and the backward pass only scales it.
 
 
 def kl_naive(student_logits: Tensor, teacher_logits: Tensor, kl: str, temperature: float) -> Tensor:
@@ -867,44 +759,63 @@ def kl_naive(student_logits: Tensor, teacher_logits: Tensor, kl: str, temperatur
     raise ValueError(f"kl is 'student||teacher' or 'teacher||student', not {kl!r}")
 
 
-def kl_student_teacher(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq (4) of each row and its gradient wrt z, made inside the two buffers it is given."""
+# Each row of LOSSES gives the loss of every row and writes its gradient wrt z into grad_z, (rows, V). log_p and log_q
+# are buffers that it may overwrite; ids are the drawn tokens, (rows,), a their advantages of eq (3).
+
+
+def kl_student_teacher(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
     d = log_q.neg_().add_(log_p)
     p = log_p.exp_()
-    p_d = d.mul_(p)
-    kl = p_d.sum(-1)
-    return kl, p_d.addcmul_(p, kl[:, None], value=-1)
+    kl = torch.linalg.vecdot(p, d)
+    torch.mul(p, d.sub_(kl[:, None]), out=grad_z)
+    return kl
 
 
-def kl_teacher_student(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq (5) of each row and its gradient wrt z, inside the two buffers and a third."""
+def kl_teacher_student(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
     q = log_q.exp()
     kl = torch.linalg.vecdot(q, log_q.sub_(log_p))
-    return kl, log_p.exp_().sub_(q)
+    torch.sub(log_p.exp_(), q, out=grad_z)
+    return kl
 
 
-KL = {"student||teacher": kl_student_teacher, "teacher||student": kl_teacher_student}
+def policy_gradient(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
+    loss = -a * log_p.gather(1, ids[:, None])[:, 0]
+    one = torch.ones_like(loss)[:, None]
+    torch.mul(log_p.exp_().scatter_add_(1, ids[:, None], -one), a[:, None], out=grad_z)  # p − 1[y], in float32
+    return loss
 
 
-def log_softmax_of(h: Tensor, lm_head: Tensor, temperature: float) -> Tensor:
-    """log softmax(h Wᵀ / temperature), (rows, V), float32 from the logits on: a bfloat16 log-softmax over 150,000
-    entries makes small divergences negative."""
-    logits = F.linear(h, lm_head)
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature), -1)
+def kl_sampled(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
+    a = (log_q.gather(1, ids[:, None]) - log_p.gather(1, ids[:, None]))[:, 0]  # eq (2)
+    policy_gradient(log_p, log_q, ids, a, grad_z)
+    return -a  # one token's estimate of eq (4)
 
 
-class FusedKL(torch.autograd.Function):
+LOSSES = {"student||teacher": kl_student_teacher, "teacher||student": kl_teacher_student, "sampled": kl_sampled,
+          "grpo": policy_gradient}  # fmt: skip
+
+
+def log_softmax_of(h: Tensor, lm_head: Tensor, temperature: float, z: Tensor | None = None,
+                   out: Tensor | None = None) -> Tensor:
+    """log softmax(h Wᵀ / temperature), (rows, V), through the buffers z and out if they are given. float32 from the
+    logits on: a bfloat16 log-softmax over 150,000 entries makes small divergences negative."""
+    z = torch.addmm(h.new_zeros(1), h, lm_head.T, beta=0, alpha=1 / temperature, out=z)
+    return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32), out=out)
+
+
+class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_student, h_teacher, lm_head, row_weight, kl, temperature, chunk):
-        per_row = h_student.new_empty(len(h_student), dtype=torch.promote_types(h_student.dtype, torch.float32))
-        grad = torch.empty_like(h_student)
-        for start in range(0, len(h_student), chunk):
-            rows = slice(start, start + chunk)
-            log_p = log_softmax_of(h_student[rows], lm_head, temperature)
-            log_q = log_softmax_of(h_teacher[rows], lm_head, temperature)
-            per_row[rows], grad_z = KL[kl](log_p, log_q)
-            grad_z.mul_(row_weight[rows, None] / temperature)
-            grad[rows] = grad_z.to(lm_head.dtype) @ lm_head
+    def forward(ctx, h_student, h_teacher, lm_head, row_weight, ids, advantage, loss, temperature, chunk):
+        N, V, wide = len(h_student), len(lm_head), torch.promote_types(h_student.dtype, torch.float32)
+        z = h_student.new_empty(min(chunk, N), V)  # three buffers of one chunk: nothing of size (N, V) exists
+        log_p, log_q = (z.new_empty(z.shape, dtype=wide) for _ in "pq")
+        per_row, grad = h_student.new_empty(N, dtype=wide), torch.empty_like(h_student)
+        for start in range(0, N, chunk):
+            rows, n = slice(start, start + chunk), min(chunk, N - start)
+            p = log_softmax_of(h_student[rows], lm_head, temperature, z[:n], log_p[:n])
+            q = None if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z[:n], log_q[:n])
+            per_row[rows] = LOSSES[loss](p, q, ids[rows], advantage[rows], z[:n])
+            grad[rows] = (row_weight[rows, None] / temperature) * (z[:n] @ lm_head)
         ctx.save_for_backward(grad)
         loss, per_row = (row_weight * per_row).sum(), per_row.float()
         ctx.mark_non_differentiable(per_row)
@@ -912,85 +823,42 @@ class FusedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        return ctx.saved_tensors[0] * grad_loss, None, None, None, None, None, None
+        return ctx.saved_tensors[0] * grad_loss, *[None] * 8
 
 
-def fused_kl(
-    h_student: Tensor,
-    h_teacher: Tensor,
-    lm_head: Tensor,
-    row_weight: Tensor,
-    *,
-    kl: str,
-    temperature: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """(Σ row_weight·KL, KL of each row): eq (1) with D of eq (4) or (5), `chunk` rows of logits at a time.
+def fused_loss(h_student: Tensor, h_teacher: Tensor | None, lm_head: Tensor, row_weight: Tensor, *, kl: str,
+               temperature: float, chunk: int, ids: Tensor | None = None, advantage: Tensor | None = None):
+    """(Σ row_weight · D, D of each row): eq (1), `chunk` rows of logits at a time. kl: a key of LOSSES.
 
-    h_student and h_teacher (N, D); lm_head (V, D), frozen; row_weight (N,). The loss is differentiable in h_student
-    alone; the second result, (N,) float32 in nats, is detached, for the log. Three matmuls, as in naive autograd:
-    student logits, teacher logits, gradient. Raises ValueError for an unknown kl.
+    h_student, h_teacher (N, D); lm_head (V, D), frozen; row_weight, ids, advantage (N,). `sampled` needs the drawn ids,
+    `grpo` ids and eq (3)'s advantage but no teacher. The loss is differentiable in h_student alone; the second result
+    is detached, float32, nats. Three matmuls, as in naive autograd: student logits, teacher logits, gradient.
     """
-    if kl not in KL:
-        raise ValueError(f"kl is one of {list(KL)}, not {kl!r}")
-    return FusedKL.apply(h_student, h_teacher.detach(), lm_head.detach(), row_weight, kl, temperature, chunk)
-
-
-class FusedLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, lm_head, ids, temperature, chunk):
-        logprob = h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
-        grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(h), chunk):
-            rows = slice(start, start + chunk)
-            log_p = log_softmax_of(h[rows], lm_head, temperature)
-            logprob[rows] = log_p.gather(1, ids[rows, None])[:, 0]
-            if (
-                grad is not None
-            ):  # ∂ log p_y / ∂z = 1[y=v] − p_v, in float32: W_y − Σ_v p_v W_v would cancel in bfloat16
-                y = ids[rows, None]
-                grad_z = log_p.exp_().neg_().scatter_add_(1, y, torch.ones_like(y, dtype=log_p.dtype))
-                grad[rows] = grad_z.div_(temperature).to(lm_head.dtype) @ lm_head
-        ctx.save_for_backward(grad)
-        return logprob
-
-    @staticmethod
-    def backward(ctx, grad_logprob):
-        (grad,) = ctx.saved_tensors
-        return (grad * grad_logprob[:, None]).to(grad.dtype), None, None, None, None
-
-
-def fused_logprob(h: Tensor, lm_head: Tensor, ids: Tensor, *, temperature: float, chunk: int) -> Tensor:
-    """log p of each drawn token, (N,), float32, differentiable in h (N, D); lm_head (V, D) is frozen, ids (N,)."""
-    return FusedLogprob.apply(h, lm_head.detach(), ids, temperature, chunk)
+    if kl not in LOSSES:
+        raise ValueError(f"kl is one of {list(LOSSES)}, not {kl!r}")
+    teacher = None if h_teacher is None else h_teacher.detach()
+    ids, advantage = (row_weight.new_zeros(len(row_weight)) if x is None else x for x in (ids, advantage))
+    return FusedLoss.apply(h_student, teacher, lm_head.detach(), row_weight, ids.long(), advantage, kl, temperature, chunk)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. Step.
 
 
-def micro_loss(chat: Chat, rollouts: list[Rollout], total: int, cfg: Config) -> tuple[Tensor, float]:
-    """(this micro-batch's share of the step's loss, the sum of its tokens' KL).
+def micro_loss(chat: Chat, rollouts: list[Rollout], total: int, cfg: Config) -> Tensor:
+    """This micro-batch's share of the step's loss, eq (1); in grpo of −A log π, whose importance ratio is 1.
 
-    Eq (1) with one denominator, `total`, the step's scored tokens: a mean of means, over rollouts or micro-batches,
-    would weigh a token by the company it keeps.
+    One denominator, `total`, the step's scored tokens: a mean of means, over rollouts or micro-batches, would weigh a
+    token by the company it keeps.
     """
-    options = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
-    responses = [r.scored for r in rollouts]
-    ids = torch.tensor(sum(responses, []), device=chat.model.device)  # (N,)
+    responses, like = [r.scored for r in rollouts], dict(device=chat.model.device)
+    ids = torch.tensor(sum(responses, []), **like)  # (N,)
+    a = torch.tensor([r.advantage for r in rollouts for _ in r.scored], **like)  # (N,), eq (3)
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, D)
-    if CONDITIONS[cfg.condition] is None:  # one update from fresh samples: the importance ratio is 1
-        log_p = fused_logprob(h_student, chat.head, ids, **options)
-        a = torch.tensor([r.advantage for r in rollouts for _ in r.scored], device=log_p.device)  # eq (3)
-        return -(a * log_p).sum() / total, 0.0
-    h_teacher = teacher_hidden(chat, rollouts, responses)
-    if cfg.kl == "sampled":
-        log_p = fused_logprob(h_student, chat.head, ids, **options)
-        a = fused_logprob(h_teacher, chat.head, ids, **options) - log_p.detach()  # eq (2), a constant weight
-        return -(a * log_p).sum() / total, -a.sum().item()
-    weight = torch.full((len(ids),), 1 / total, device=h_student.device)
-    loss, per_row = fused_kl(h_student, h_teacher, chat.head, weight, kl=cfg.kl, **options)  # eq (1)
-    return loss, per_row.sum().item()
+    graded = CONDITIONS[cfg.condition] is None
+    h_teacher = None if graded else teacher_hidden(chat, rollouts, responses)
+    return fused_loss(h_student, h_teacher, chat.head, torch.full((len(ids),), 1 / total, **like), ids=ids, advantage=a,
+                      kl="grpo" if graded else cfg.kl, temperature=cfg.temperature, chunk=cfg.kl_chunk)[0]
 
 
 def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], cfg: Config) -> dict:
@@ -998,57 +866,67 @@ def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Roll
 
     Raises FloatingPointError, before anything changes, if they are not finite. Without rollouts nothing changes.
     """
-    total = sum(len(r.scored) for r in rollouts)
+    total = summed(sum(len(r.scored) for r in rollouts))
     if total == 0:
         return {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0}
     chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is zero in both
-    optimizer.zero_grad()
-    loss_sum = kl_sum = 0.0
-    for start in range(0, len(rollouts), cfg.micro_batch):
-        loss, kl = micro_loss(chat, rollouts[start : start + cfg.micro_batch], total, cfg)
-        loss.backward()
-        loss_sum, kl_sum = loss_sum + loss.item(), kl_sum + kl
-    norm = nn.utils.clip_grad_norm_(adapters(chat.model).values(), cfg.max_grad_norm or math.inf).item()
-    if not math.isfinite(loss_sum + norm):
-        raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
+    loss = summed(backward(chat, optimizer, rollouts, total, cfg))
+    weights = list(adapters(chat.model).values())
+    sum_gradients(weights)
+    norm = nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm or math.inf).item()
+    if not math.isfinite(loss + norm):  # score the rows one by one, to name the first that is to blame
+        bad = (i for i, r in enumerate(rollouts) if not math.isfinite(backward(chat, optimizer, [r], total, cfg)
+               + sum(p.grad.abs().sum().item() for p in weights)))  # fmt: skip
+        raise FloatingPointError(f"row {next(bad, 'of another process')}: loss {loss}, gradient norm {norm}")
     optimizer.step()
-    return {"loss": loss_sum, "kl": kl_sum / total, "grad_norm": norm}
+    return {"loss": loss, "kl": loss if CONDITIONS[cfg.condition] else 0.0, "grad_norm": norm}
+
+
+def backward(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], total: int, cfg: Config) -> float:
+    """Fill the gradients, micro-batch by micro-batch. Returns the loss."""
+    optimizer.zero_grad()
+    loss_sum = 0.0
+    for start in range(0, len(rollouts), cfg.micro_batch):
+        loss = micro_loss(chat, rollouts[start : start + cfg.micro_batch], total, cfg)
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum
 
 
 @torch.no_grad()
 def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Tensor]:
     """Eq (2) for every response token of each packed rollout: a list of (T,), in nats. For people, not for the loss."""
     responses = [r.sample.ids for r in rollouts]
-    ids = torch.tensor(sum(responses, []), device=chat.model.device)
-    options = dict(temperature=cfg.temperature, chunk=cfg.kl_chunk)
+    ids = torch.tensor(sum(responses, []), device=chat.model.device)[:, None]
     chat.model.eval()
-    student = fused_logprob(response_hidden(chat, [r.prompt for r in rollouts], responses), chat.head, ids, **options)
-    teacher = fused_logprob(teacher_hidden(chat, rollouts, responses), chat.head, ids, **options)
-    return list((teacher - student).split(list(map(len, responses))))
+    student = response_hidden(chat, [r.prompt for r in rollouts], responses)
+    teacher = teacher_hidden(chat, rollouts, responses)
+    logprob = lambda h: torch.cat([log_softmax_of(rows, chat.head, cfg.temperature).gather(1, own)[:, 0]
+                                   for rows, own in zip(h.split(cfg.kl_chunk), ids.split(cfg.kl_chunk))])
+    return list((logprob(teacher) - logprob(student)).split(list(map(len, responses))))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. Log and checkpoint.
+# 9. Log and checkpoint. What a step prints and shows is in eval.py.
 
 
-def measure(rollouts: list[Rollout], scored: list[Rollout], cfg: Config) -> dict:
+def measure(rollouts: list[Rollout], scored: list[Rollout], critic_tokens: int, cfg: Config) -> dict:
     """What a step's rollouts show. The README's glossary says what alarm looks like."""
-    mean = lambda values: float(np.mean(values)) if len(values) else 0.0
     find, critique = FORMATS[cfg.prompts].steps, cfg.condition == "critique"
     copied = [step in find(r.text) for r in scored if critique for step in find(r.context)]
     groups = np.array([r.reward for r in rollouts]).reshape(-1, attempts_per_problem(cfg))
+    n, tokens, groups_n, steps_n, right, cut, entropy, flat, same, k, k_tokens, critic_tokens = summed(
+        len(rollouts), sum(len(r.sample.ids) for r in rollouts), len(groups), len(copied), sum(r.reward for r in rollouts),
+        sum(r.sample.truncated for r in rollouts), sum(r.sample.entropy for r in rollouts),
+        float((groups.std(1) == 0).sum()), sum(copied), len(scored), sum(len(r.scored) for r in scored), critic_tokens,
+    )  # fmt: skip
     return {
-        "accuracy": mean([r.reward for r in rollouts]),
-        "length": mean([len(r.sample.ids) for r in rollouts]),
-        "truncated": mean([r.sample.truncated for r in rollouts]),
-        "entropy": mean([r.sample.entropy for r in rollouts]),
-        "scored": len(scored),
-        "scored_tokens": sum(len(r.scored) for r in scored),
-        "critic_failed": len(rollouts) - len(scored) if critique else 0,
-        "copied": mean(copied),  # share of the critiques' steps that stand word for word in the attempt
-        "zero_variance": mean(groups.std(1) == 0) if groups.shape[1] > 1 else 0.0,
-        "solver_tokens": sum(len(r.sample.ids) for r in rollouts),
-    }
+        "accuracy": right / n, "length": tokens / n, "truncated": cut / n, "entropy": entropy / n, "scored": k,
+        "scored_tokens": k_tokens, "critic_failed": n - k if critique else 0,
+        "copied": same / max(1, steps_n),  # share of the critiques' steps that stand word for word in the attempt
+        "zero_variance": flat / groups_n if attempts_per_problem(cfg) > 1 else 0.0, "solver_tokens": tokens,
+        "critic_tokens": critic_tokens,
+    }  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1062,41 +940,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def log_line(m: dict, steps: int) -> str:
-    seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
-    return (
-        f"step {m['step']:4d}/{steps} loss {m['loss']:8.4f} kl {m['kl']:7.4f} grad {m['grad_norm']:6.3f} "
-        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} "
-        f"failed {m['critic_failed']:2d} copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
-        f"{seconds} s {m['cost']['peak_mib']:.0f} MiB"
-    )
-
-
-def show(chat: Chat, rollout: Rollout, cfg: Config) -> None:
-    """One problem, attempt and context, and the five tokens whose probability the teacher would move most."""
-    verdict = "right" if rollout.reward else "wrong"
-    print(f"  problem    {rollout.problem.question}   [answer {rollout.problem.answer}]")
-    print(f"  attempt    {rollout.text}   [{verdict}]")
-    if rollout.advantage is not None:
-        print(f"  advantage  {rollout.advantage:+.2f} for each of its {len(rollout.sample.ids)} tokens   [eq (3)]")
-        return
-    print(f"  {cfg.condition:10s} {rollout.context or 'none: the critic failed'}")
-    if rollout.teacher_prompt:
-        a = token_advantages(chat, [rollout], cfg)[0]
-        top = sorted(a.abs().topk(min(5, len(a))).indices.tolist())
-        tokens = (f"{chat.tokenizer.decode([rollout.sample.ids[t]])!r} at {t} {a[t]:+.2f}" for t in top)
-        print(f"  moved      {', '.join(tokens)}   [A_t of eq (2), nats]")
-
-
 def load_checkpoint(path: Path) -> dict:
-    """{config, step, seen, best, adapters, optimizer, rng}: tensors and plain values, nothing that could run code."""
+    """{config, step, seen, best, stale, adapters, optimizer}: tensors and plain values, nothing that could run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("config", "step", "seen", "best", "adapters", "optimizer", "rng")}
+        return {name: state[name] for name in ("config", "step", "seen", "best", "stale", "adapters", "optimizer")}
     except FileNotFoundError:
         raise Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
     except Exception as error:
-        raise Refusal(f"{path}: not a checkpoint of sd.py ({type(error).__name__}); train the run anew") from None
+        reason = f"cut off, or of another version: {type(error).__name__}"
+        raise Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
 
 
 def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -1114,47 +967,42 @@ class Run:
     def __init__(self, cfg: Config, chat: Chat):
         self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
         self.optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
-        self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.step, self.seen, self.best = 0, 0, -1.0  # `seen` problems: the position in the data
+        self.step, self.seen = 0, 0  # `seen` problems: the position in the data
+        self.best, self.stale = -1.0, 0  # validation score, and evaluations since
         if cfg.resume:
             self.restore()
             return
-        old_run = (self.folder / "log.jsonl").exists()
-        if self.folder.exists() and not old_run and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-            raise Refusal(f"--out {self.folder} is there and is no run folder; name another")
-        if old_run:  # never overwrite a run
-            old = next(p for n in itertools.count(1) if not (p := Path(f"{self.folder}.{n}")).exists())
-            self.folder.rename(old)
-            print(f"{self.folder} was there; moved to {old}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        grader = "exact + number" + (" + math-verify" if math_verify() else "")
-        self.log({"config": asdict(cfg), "versions": versions, "grader": grader})
+        self.log({"config": asdict(cfg), "versions": versions, "grader": grader()})
 
+    @leader
     def log(self, entry: dict) -> None:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    @leader
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Atomic: a kill at any moment leaves the old file or the new one."""
-        state = {"config": asdict(self.cfg), "step": self.step, "seen": self.seen, "best": self.best}
+        """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
+        state = {"config": asdict(self.cfg)} | {n: getattr(self, n) for n in ("step", "seen", "best", "stale")}
         state["adapters"] = {name: p.detach().cpu() for name, p in adapters(self.chat.model).items()}
-        state |= {"optimizer": self.optimizer.state_dict(), "rng": self.generator.get_state()}
-        torch.save(state, self.folder / f"{name}.tmp")
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
+        torch.save(state | {"optimizer": self.optimizer.state_dict()}, file := io.BytesIO())
+        write_atomic(self.folder / name, file.getvalue())
 
     def restore(self) -> None:
         state = load_checkpoint(self.folder / "checkpoint.pt")
-        load_adapters(self.chat.model, state["adapters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["rng"])
-        self.step, self.seen, self.best = state["step"], state["seen"], state["best"]
-        log = self.folder / "log.jsonl"  # steps past the checkpoint will be written again; a kill may have cut a line
-        lines = [line for line in log.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= self.step]
-        log.with_suffix(".tmp").write_text("".join(kept), "utf-8")
-        os.replace(log.with_suffix(".tmp"), log)
+        try:
+            load_adapters(self.chat.model, state["adapters"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise Refusal(f"{self.folder}/checkpoint.pt does not fit ({type(error).__name__}); train anew") from None
+        self.step, self.seen, self.best, self.stale = (state[n] for n in ("step", "seen", "best", "stale"))
+        # steps past the checkpoint will be written again; a kill may have cut a line
+        lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
+        kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= self.step]
+        write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
 
+    @leader
     def export(self) -> None:
         """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights, and to
         bfloat16 weights the sum is rounded, so that OUT/model is close to the trained policy and not equal to it."""
@@ -1167,104 +1015,40 @@ class Run:
         self.chat.tokenizer.save_pretrained(self.folder / "model")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 10. The toy world: a language model with a misconception, pre-trained while you wait. It becomes a Hugging Face folder
-# and a problem file; from `load_model` on, nothing knows that it is a toy. Its language is in critic_prompts.py.
-
-TOY_MODEL = dict(
-    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
-    max_position_embeddings=256, tie_word_embeddings=False,
-)  # fmt: skip
-TOY_JOBS = {"solve": 16, "follow": 28, "criticise": 20}  # rows of a pre-training batch
-TOY_STEPS, TOY_PROBLEMS = 1000, 2000
-
-
-def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """A token a character, but for the special ones and "####". Padding is the end token, as in many real models."""
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, "####", *ToyLanguage.CHARACTERS])}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("####|."), "isolated")
-    core.decoder = tokenizers.decoders.Fuse()
-    core.add_special_tokens(special)
-    template = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|unknown|>",
-        chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    )  # fmt: skip
+@leader
+def make_folder(folder: Path) -> None:
+    """A new run folder; an old run is moved aside, never overwritten."""
+    old_run = (folder / "log.jsonl").exists()
+    if folder.exists() and not old_run and not (folder.is_dir() and not any(folder.iterdir())):
+        raise Refusal(f"--out {folder} is there and is no run folder; name another")
+    if old_run:
+        old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
+        folder.rename(old)
+        print(f"{folder} was there; moved to {old}")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
-def toy_loss(chat: Chat, examples: list[tuple[list[dict], str, str]]) -> Tensor:
-    """Cross entropy of every token of the replies, (N,)."""
-    text = lambda words: chat.tokenizer(words)["input_ids"]
-    prompts = [chat.encode(messages) + text(given) for messages, given, _ in examples]
-    replies = [text(reply) + chat.end_ids for _, _, reply in examples]
-    logits = F.linear(response_hidden(chat, prompts, replies), chat.head)
-    return F.cross_entropy(logits, torch.tensor(sum(replies, []), device=logits.device), reduction="none")
-
-
-def pretrain_toy(chat: Chat, language: ToyLanguage, held_out: set[str], steps: int) -> None:
-    """Next-token loss on the replies of the three jobs. Muon on the matrices needs half of AdamW's steps."""
-    model = chat.model.train().requires_grad_(True)
-    inner = lambda name, p: p.ndim == 2 and ".layers." in name
-    matrices = [p for name, p in model.named_parameters() if inner(name, p)]
-    others = [p for name, p in model.named_parameters() if not inner(name, p)]
-    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original")
-    optimizers = [muon, torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
-    shape = lambda step: min(1, (step + 1) / 30, 2 * (steps - step) / steps)  # warm up, hold, decay from the middle
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
-    fresh = (problem for problem in iter(language.problem, None) if problem not in held_out)
-    for _ in tqdm(range(steps), desc="pre-train the toy model, once", disable=None):
-        losses = [
-            toy_loss(chat, [language.example(job, next(fresh)) for _ in range(rows)])
-            for job, rows in TOY_JOBS.items()
-        ]
-        torch.cat(losses).mean().backward()
-        for part in (*optimizers, *schedules):
-            part.step()
-        model.zero_grad()
-
-
-def toy_world(steps: int = TOY_STEPS, root: Path = Path("runs/.toy")) -> Path:
-    """The toy's folder: model, tokenizer, problems.jsonl. Built on first use; its name is a hash of what shapes it."""
-    makers = (ToyLanguage, *FORMATS["toy"], toy_tokenizer, toy_loss, pretrain_toy, toy_world)
-    source = "".join(map(inspect.getsource, makers)) + f"{TOY_MODEL} {TOY_JOBS} {TOY_PROBLEMS} {steps}"
-    key = hashlib.sha256(f"{source} {torch.__version__} {transformers.__version__}".encode()).hexdigest()[:12]
-    if (root / key).exists():
-        return root / key
-    language, tokenizer = ToyLanguage(seed=0), toy_tokenizer()
-    problems = {problem: language.row(problem) for problem in (language.problem() for _ in range(TOY_PROBLEMS))}
-    end = tokenizer.eos_token_id
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, bos_token_id=None, **TOY_MODEL
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        chat = Chat(transformers.Qwen3ForCausalLM(config), tokenizer, [end], config.max_position_embeddings)
-    pretrain_toy(chat, language, set(problems), steps)
-    partial = root / f"{key}.{os.getpid()}"
-    chat.model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems.values()))
-    with contextlib.suppress(OSError):  # another process was first, and its world is the same
-        partial.rename(root / key)  # atomic: an interrupted build is never taken for a finished one
-    return root / key
+@leader
+def write_atomic(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. Main.
+# 10. Main.
 
 
 def attempts_per_problem(cfg: Config) -> int:
     return cfg.group_size if CONDITIONS[cfg.condition] is None else 1
 
 
-def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[Problem]:
-    """The step's problems, one entry an attempt: a shuffle an epoch, by the seed and the position in the data alone."""
+def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple[int, Problem]]:
+    """The step's (position, problem): a shuffle an epoch, by the seed and the position in the data alone."""
     chosen = []
     for i in range(seen, seen + cfg.attempts_per_step // attempts_per_problem(cfg)):
         epoch, k = divmod(i, len(problems))
-        chosen += [problems[shuffle(len(problems), f"{cfg.seed} {epoch}")[k]]] * attempts_per_problem(cfg)
+        chosen.append((i, problems[shuffle(len(problems), f"{cfg.seed} {epoch}")[k]]))
     return chosen
 
 
@@ -1285,26 +1069,15 @@ def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, 
     cfg, chat, cost = run.cfg, run.chat, {}
     chosen = next_problems(problems, run.seen, cfg)
     with clock(cost, "sample_s"):
-        rollouts = attempt(chat, chosen, cfg, run.generator)
+        rollouts = attempt(chat, share(chosen), cfg, attempts_per_problem(cfg))
     with clock(cost, "critic_s"):
         critic_tokens = write_contexts(rollouts, critic, cfg)
     with clock(cost, "train_s"):
         scored = pack(chat, rollouts, cfg)
         update = train_step(chat, run.optimizer, scored, cfg)
-    run.step, run.seen = run.step + 1, run.seen + len(chosen) // attempts_per_problem(cfg)
+    run.step, run.seen = run.step + 1, run.seen + len(chosen)
     cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
-    measured = measure(rollouts, scored, cfg)
-    return {"step": run.step, **update, **measured, "critic_tokens": critic_tokens, "cost": cost}, rollouts
-
-
-def warn(m: dict, critic: Critic, cfg: Config) -> None:
-    if m["truncated"] > 0.5:
-        print(
-            f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and read as wrong"
-        )
-    if 2 * m["critic_failed"] > cfg.attempts_per_step:
-        error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
-        print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out ({error})")
+    return {"step": run.step, **update, **measure(rollouts, scored, critic_tokens, cfg), "cost": cost}, rollouts
 
 
 @contextlib.contextmanager
@@ -1314,7 +1087,7 @@ def deferred_interrupt() -> Iterator[list[bool]]:
 
     def handler(*_):
         if pressed:  # not an exception: a thread pool would first wait for its requests
-            print("sd.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+            print(f"sd.py: {STOPPED}", file=sys.stderr)
             os._exit(130)
         pressed.append(True)
         print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
@@ -1326,52 +1099,41 @@ def deferred_interrupt() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+STOPPED = "stopped; the same command with --resume goes on from the last checkpoint"
+
+
 def train(cfg: Config) -> None:
     """Train to cfg.steps: log, show, evaluate and save on the way. Ctrl-C, or a critic that only fails, ends it saved."""
-    from eval import closing_report, evaluate, scores  # eval.py imports this file: by now it is loaded
+    import eval as report  # eval.py imports this file: by now it is loaded
 
-    chat = load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = leader_first(lambda: load_model(cfg.model, cfg.dtype, cfg.device))
     problems = load_problems(cfg, chat)
     asked = cfg if cfg.condition == "critique" else replace(cfg, critic="self")  # no 32B model for nobody to ask
     critic = load_critic(asked, chat)
-    add_adapters(chat.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
-    run = Run(cfg, chat)
-    trained = sum(p.numel() for p in adapters(chat.model).values())
-    print(
-        f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
-        f"{chat.model.device} | {len(problems.train)} train, {len(problems.validation)} validation, {len(problems.test)} "
-        f"test problems (dropped: {spell(problems.dropped)})"
-    )
-    failed_steps = 0
+    run, failed_steps, stop = Run(cfg, chat), 0, 0
+    print(report.opening(chat, problems))
     with deferred_interrupt() as interrupted:
-        while run.step < cfg.steps and failed_steps < 3 and not interrupted:
+        while run.step < cfg.steps and failed_steps < 3 and not stop and not 0 < cfg.patience <= run.stale:
             metrics, rollouts = take_step(run, problems.train, critic)
             run.log(metrics)
-            print(log_line(metrics, cfg.steps), flush=True)
-            warn(metrics, critic, cfg)
+            report.step(chat, metrics, rollouts, critic, cfg)
             failed_steps = 0 if metrics["scored"] else failed_steps + 1
-            if cfg.show_every and (run.step == 1 or run.step % cfg.show_every == 0):
-                show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
             if cfg.eval_every and run.step % cfg.eval_every == 0:
-                score = float(scores(evaluate(chat, problems.validation, cfg))["Avg"].mean())
-                run.log({"step": run.step, "validation_avg": score})
-                print(f"validation Avg@{cfg.eval_samples} {100 * score:.1f}")
-                if score > run.best:
-                    run.best = score
-                    run.save("best.pt")
+                report.validate(run, problems.validation)
             if cfg.save_every and run.step % cfg.save_every == 0:
                 run.save()
+            stop = summed(len(interrupted))  # all processes stop, or none
     run.save()
-    if interrupted:
+    if stop:
         raise KeyboardInterrupt
     if failed_steps == 3:
-        raise Refusal(
-            f"every critique failed for 3 steps, or fits no prompt; saved in {cfg.out}. Mend --critic, then add --resume"
-        )
+        raise Refusal(f"every critique failed for 3 steps, or fits no prompt; saved in {cfg.out}. Mend --critic, then "
+                      "add --resume")  # fmt: skip
     if cfg.final_problems:
-        print(closing_report(chat, problems.test[: cfg.final_problems], cfg))
+        print(report.closing(chat, problems.test[: cfg.final_problems], cfg))
     if cfg.export:
         run.export()
 
@@ -1385,17 +1147,12 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
     )  # fmt: skip
     parser.error = refuse
     for f in fields(Config):
-        rule, flag = f.metadata, "--" + f.name.replace("_", "-")
-        defaults = "; ".join(
-            [str(f.default) or "empty"] + [f"{n} {p[f.name]}" for n, p in PRESETS.items() if f.name in p]
-        )
-        choices = rule["choices"]() and tuple(rule["choices"]())
-        text = rule["help"] + (": " + ", ".join(choices) if choices else "") + f" [{defaults}]"
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            letter = f.type.__name__[0].upper()
-            parser.add_argument(flag, type=f.type, choices=choices, metavar=letter, help=text)
+        choices = f.metadata["choices"]()
+        defaults = [str(f.default) or "empty"] + [f"{n} {p[f.name]}" for n, p in PRESETS.items() if f.name in p]
+        text = f.metadata["help"] + (": " + ", ".join(choices) if choices else "") + f" [{'; '.join(defaults)}]"
+        kind = dict(type=f.type, choices=choices and tuple(choices), metavar=f.type.__name__[0].upper())
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         return resume_config(given)
@@ -1409,39 +1166,43 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
 
 
 # what may change when a run goes on: nothing that shapes its numbers, but for the critic, which may need mending
-RESUMABLE = {"resume", "out", "preset", "steps", "save_every", "show_every", "final_problems", "export", "device", "critic",
-             "critic_model", "critic_parallel", "critic_timeout", "critic_max_new_tokens", "sample_batch", "micro_batch",
-             "kl_chunk", "gradient_checkpointing"}  # fmt: skip
+RESUMABLE = set("resume out preset steps save_every show_every final_problems export device critic critic_model critic_parallel "
+                "critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk gradient_checkpointing patience".split())
+
+
+def saved_config(path: Path, **changes) -> Config:
+    """A checkpoint's config. The file may be anybody's, so its values are checked as a command line's are."""
+    try:
+        return check(Config(**{**load_checkpoint(path)["config"], **changes}))
+    except TypeError:
+        raise Refusal(f"{path} was written by another version of sd.py; train the run anew") from None
 
 
 def resume_config(given: dict) -> tuple[Config, str]:
     """The saved config with the given flags on top."""
     out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
-    saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
+    saved = saved_config(Path(out) / "checkpoint.pt", out=out)
     for name in given.keys() - RESUMABLE:
-        if saved.get(name) != given[name]:
-            raise Refusal(
-                f"{out} was trained with {name} {saved.get(name)!r}, not {given[name]!r}; drop the flag, or --resume"
-            )
-    try:
-        return check(
-            Config(**{**saved, **given, "preset": saved["preset"], "out": out})
-        ), f"of the run in {out}, resumed"
-    except TypeError:
-        raise Refusal(f"{out} was written by another version of sd.py; train the run anew") from None
+        if getattr(saved, name) != given[name]:
+            raise Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
+                          "or --resume")  # fmt: skip
+    if is_url(saved.critic) and "critic" not in given:
+        refuse("argument --critic: name the http critic again; the API key goes to no address out of a file")
+    return check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
 
 
 def check(cfg: Config) -> Config:
     for f in fields(Config):
-        value, low = getattr(cfg, f.name), f.metadata["low"]
+        value, low, choices = getattr(cfg, f.name), f.metadata["low"], f.metadata["choices"]()
+        flag = f"argument --{f.name.replace('_', '-')}"
+        if not isinstance(value, (int, float) if f.type is float else f.type) or choices and value not in choices:
+            refuse(f"{flag}: {value!r} is no {f.type.__name__} that it takes")
         if low is not None and not low <= value < math.inf:
-            refuse(f"argument --{f.name.replace('_', '-')}: {value} is out of range; the least is {low}")
+            refuse(f"{flag}: {value} is out of range; the least is {low}")
     if cfg.attempts_per_step % attempts_per_problem(cfg):
-        refuse(
-            f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}"
-        )
-    if cfg.eval_every and not cfg.validation_problems:
-        refuse("argument --eval-every: needs --validation-problems of at least 1")
+        refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}")
+    if (cfg.eval_every or cfg.patience) and not (cfg.validation_problems and cfg.eval_every):
+        refuse("argument --eval-every: --patience needs it, and it needs --validation-problems of at least 1")
     if is_url(cfg.critic) and not cfg.critic_model:
         refuse("argument --critic: a URL needs --critic-model, the name of the model it serves")
     return cfg
@@ -1454,32 +1215,29 @@ def refuse(message: str):
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    code, cfg = 1, None
     try:
         cfg, why = parse_config(argv)
+        join()
         print(f"preset {cfg.preset} ({why}): {cfg.condition}, model {cfg.model}, data {cfg.data} → {cfg.out}")
         train(cfg)
         return 0
     except Refusal as refusal:
-        print(f"sd.py: {refusal}", file=sys.stderr)
-        return 2
+        code, message = 2, str(refusal)
     except torch.OutOfMemoryError:
-        print(
-            "sd.py: out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk and add --resume",
-            file=sys.stderr,
-        )
-        return 1
+        message = "out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk and add --resume"
     except OSError as error:  # disk full, folder not writable
-        print(f"sd.py: {error}", file=sys.stderr)
-        return 1
+        message = f"{error}; mend it, then add --resume"
     except FloatingPointError as error:
-        print(
-            f"sd.py: not finite: {error}; nothing was updated, the last checkpoint stands. Lower --lr?",
-            file=sys.stderr,
-        )
-        return 1
+        message = f"not finite: {error}; nothing was updated. Lower --lr? --resume goes on from the last good checkpoint"
     except KeyboardInterrupt:
-        print("sd.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        code, message = 130, STOPPED
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        message = f"another process of this run has ended ({error}".split("\n")[0][:200] + "); --resume goes on, with any number"
+    print(f"sd.py: {printable(message)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
