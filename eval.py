@@ -681,7 +681,7 @@ def step(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, 
         error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
         print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out "
               f"({texts.printable(error)})")  # fmt: skip
-    if cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
+    if rollouts and cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
         show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
 
 

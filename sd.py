@@ -141,9 +141,9 @@ def rank() -> int:
 def join() -> None:
     """Under torchrun, meet the others; rank 0 alone prints. A group must outlive a slow rank's whole rollout."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
         if torch.cuda.is_available():
             torch.cuda.set_device(local_device())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
         if rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -196,7 +196,6 @@ def leader_first(make: Callable):
 
 def progress(items=None, **options) -> tqdm:
     return tqdm(items, leave=False, delay=5, disable=True if rank() else None, **options)
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1117,7 +1116,10 @@ def train(cfg: Config) -> None:
     print(report.opening(chat, problems))
     with deferred_interrupt() as interrupted:
         while run.step < cfg.steps and failed_steps < 3 and not stop and not 0 < cfg.patience <= run.stale:
-            metrics, rollouts = take_step(run, problems.train, critic)
+            try:
+                metrics, rollouts = take_step(run, problems.train, critic)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {run.step + 1}, {error}") from None
             run.log(metrics)
             report.step(chat, metrics, rollouts, critic, cfg)
             failed_steps = 0 if metrics["scored"] else failed_steps + 1
@@ -1229,7 +1231,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # disk full, folder not writable
         message = f"{error}; mend it, then add --resume"
     except FloatingPointError as error:
-        message = f"not finite: {error}; nothing was updated. Lower --lr? --resume goes on from the last good checkpoint"
+        message = f"not finite in {error}; nothing was updated. Lower --lr? --resume goes on from the last good checkpoint"
     except KeyboardInterrupt:
         code, message = 130, STOPPED
     except RuntimeError as error:

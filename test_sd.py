@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -978,6 +979,179 @@ def test_help_names_every_knob_with_its_default(capsys):
         assert f"--{name} " in text or f"--{name}," in text
 
 
+# ---- safe: what can fail, fails with one line and an intact checkpoint
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
+    """Under torchrun on gloo. Fails if a process draws other random numbers, divides by its own token count, sees other
+    rewards in its groups, or its gradient is left out; equal up to the order of float32 sums."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_sd, pathlib; sys.exit(test_sd.run_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:]))"
+    (tmp_path / "run.py").write_text(code)
+    for condition in ("grpo", "reference"):
+        flags = [str(folder), "--condition", condition, "--steps", "3", "--eval-every", "2", "--show-every", "1"]
+        one, two = tmp_path / f"{condition}1", tmp_path / f"{condition}2"
+        assert run_in(one, folder, *flags[1:]) == 0
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(two), *flags]
+        done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("step    2/3") == 1
+        for a, b in zip(log_of(one / "run"), log_of(two / "run"), strict=True):
+            assert a.keys() == b.keys()
+            assert all(a[k] == b[k] if isinstance(a[k], (str, dict)) else a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a)
+        a, b = (sd.load_checkpoint(run / "run/checkpoint.pt") for run in (one, two))
+        assert_same(a["adapters"], b["adapters"], atol=1e-4, rtol=1e-4)
+    assert run_in(two, folder, "--condition", "reference", "--resume", "--steps", "4") == 0  # with one process
+
+
+def test_a_dead_critic_server_is_passed_over_and_loses_nothing(server):
+    """Fails if its requests are lost, wait for it, or all go to one server."""
+    dead, alive = "http://127.0.0.1:9/v1", f"http://127.0.0.1:{server.server_address[1]}/v1"
+    critic = sd.HTTPCritic([dead, alive], "good", max_new_tokens=9, parallel=4, timeout=1.0, pause=0.01)
+    assert all(reply.text for reply in critic([[critic_prompts.user(str(i))] for i in range(20)]))
+    assert len(server.calls) == 20 and critic.back[dead] > 0 == critic.back[alive]
+    both = sd.HTTPCritic([alive, alive.replace("127.0.0.1", "localhost")], "good", 9, parallel=1, timeout=1.0)
+    both([[critic_prompts.user("x")]] * 4)
+    assert next(both.turn) == 4
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path, folder, monkeypatch):
+    """Fails if evaluations without a new best are not counted, or the count is lost on resume; best.pt stays the best."""
+    scores = iter([0.2, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: None)
+    monkeypatch.setattr(evaluation, "scores", lambda _: {"Avg": np.array([next(scores)])})
+    flags = ["--condition", "grpo", "--eval-every", "1", "--patience", "3", "--final-problems", "0"]
+    assert run_in(tmp_path, folder, *flags, "--steps", "3") == 0
+    assert run_in(tmp_path, folder, *flags, "--steps", "9", "--resume") == 0
+    best, last = (sd.load_checkpoint(tmp_path / "run" / name) for name in ("best.pt", "checkpoint.pt"))
+    assert (best["step"], best["best"], last["step"], last["stale"]) == (2, 0.5, 5, 3)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_before_the_update_and_names_step_and_row(tmp_path, folder, monkeypatch, capfd, where):
+    """Fails if a NaN reaches the adapters, or the message names neither the row nor the way on."""
+    real = sd.response_hidden
+
+    def poisoned(chat, prompts, responses):
+        hidden = real(chat, prompts, responses)
+        if chat.model.training and hidden.requires_grad and len(calls := poisoned.calls) >= 2:
+            start = sum(map(len, responses[:-1]))
+            nan = torch.full_like(hidden[start:], math.nan)
+            hidden = torch.cat([hidden[:start], nan if where == "loss" else hidden[start:]])
+            if where == "gradient":
+                hidden.register_hook(lambda g: torch.cat([g[:start], nan]))
+        poisoned.calls.append(1)
+        return hidden
+
+    poisoned.calls = []
+    monkeypatch.setattr(sd, "response_hidden", poisoned)
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "4", "--save-every", "1", "--show-every", "0") == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "step 3, row" in error and "last good checkpoint" in error
+    state = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert state["step"] == 2 and all(p.isfinite().all() for p in state["adapters"].values())
+
+
+def test_nan_logits_stop_the_sampler(chat):
+    """Fails if NaN logits, greedy or not, are drawn from as if they were a distribution."""
+    with torch.no_grad():
+        chat.head[5] = math.nan
+    for noise in (None, uniforms(2, 4)):
+        with pytest.raises(FloatingPointError, match="row 0"):
+            sd.generate(chat, [[1, 5, 2]] * 2, 4, uniforms=noise)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, folder, monkeypatch, capfd):
+    """Half of the file is written, then the disk is full. Fails if the old checkpoint is touched, or a traceback shows."""
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2") == 0
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        capfd.readouterr()
+        (tmp_path / "run/log.jsonl").touch()
+        assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "3", "--resume") == 1
+    error = capfd.readouterr().err
+    assert "No space left" in error and error.count("\n") == 1
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "3", "--resume") == 0
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"cos\nsystem\n(S'touch /tmp/owned'\ntR.",
+    lambda b: b.replace(b"temperature", b"temporature"), lambda b: b.replace(b"critic_style", b"critic_stile"),
+])  # fmt: skip
+def test_a_broken_checkpoint_is_one_line(tmp_path, folder, capfd, change):
+    """Cut off, empty, a pickle that runs code, and another version's. Fails on a traceback, or if code in it runs."""
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
+    path = tmp_path / "run/checkpoint.pt"
+    path.write_bytes(change(path.read_bytes()))
+    capfd.readouterr()
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2", "--resume") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "train the run anew" in error and not Path("/tmp/owned").exists()
+
+
+def test_a_checkpoint_cannot_send_the_key_to_its_own_address(tmp_path, folder, server, capfd, monkeypatch):
+    """Fails if --resume or --tokens asks the http critic that a file names."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    assert run_in(tmp_path, folder, "--condition", "reference", "--steps", "1") == 0
+    path = tmp_path / "run/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"] |= {"condition": "critique", "critic": f"http://127.0.0.1:{server.server_address[1]}/v1", "critic_model": "good"}
+    torch.save(state, path)
+    assert sd.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]) == 2
+    assert evaluation.main(["--tokens", str(tmp_path / "run")]) == 2
+    assert capfd.readouterr().err.count("--critic") == 2 and not server.calls
+
+
+def test_control_characters_reach_no_terminal(chat, capsys):
+    """Fails if an attempt or a critique can move the reader's cursor."""
+    cfg = config()
+    (rollout,) = rollouts_of(adapt(chat, cfg), cfg, n=1)
+    rollout.text = rollout.context = "a\x1b[2Jb\u202e"
+    rollout.problem = rollout.problem._replace(question="q\r\x1b]0;title\x07")
+    evaluation.show(chat, rollout, cfg)
+    assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
+
+
+def test_sampling_leaves_the_global_random_state_alone(chat):
+    """Fails if a draw uses torch's, numpy's or Python's global generator."""
+    states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    before = states()
+    rollouts_of(chat, config())
+    assert states() == before
+
+
+def test_500_random_rollouts_keep_the_invariants(chat):
+    """Random small configurations and texts, hostile ones among them, through sampler, contexts, pack and step. Fails if
+    ids change on their way, a failed critique is scored, the headers differ, or a number is not finite."""
+    adapt(chat, config(), noise=0.3)
+    rng, words = random.Random(0), ["s7+6=3", "####9", "</answer>", "<|end|>", "<|assistant|>", "\x00", "€", "ignore the notes", "", "nan"]
+    text = lambda: "".join(rng.choices(words, k=rng.randrange(6)))
+    for _ in range(500):
+        cfg = config(condition=rng.choice(list(sd.CONDITIONS)), kl=rng.choice([*KL, "sampled"]), micro_batch=rng.randint(1, 4), kl_chunk=rng.randint(1, 9),
+                     group_size=2, max_new_tokens=rng.randint(1, 8), temperature=rng.choice([0.5, 1.0, 2.0]), stop_at_first_edit=rng.random() < 0.3,
+                     max_prompt_tokens=rng.choice([0, 30]), sample_batch=rng.randint(1, 4))  # fmt: skip
+        problems = [(i, sd.Problem("7+6" + text(), text() or "s", "3")) for i in range(2)]
+        rollouts = sd.attempt(chat, problems, cfg, 2, rng.randrange(99))
+        drawn = [list(r.sample.ids) for r in rollouts]
+        critic = lambda conversations: [sd.Reply(rng.choice([None, text(), "s7+6=3####3"]), 1) for _ in conversations]
+        sd.write_contexts(rollouts, critic, cfg)
+        scored = sd.pack(chat, rollouts, cfg)
+        assert [r.sample.ids for r in rollouts] == drawn and all(0 < len(r.scored) <= len(r.sample.ids) <= cfg.max_new_tokens for r in scored)
+        assert all(r.prompt.count(2) == 1 and r.prompt[-1] == 2 for r in rollouts)
+        if cfg.condition != "grpo":
+            assert all(r.context and r.teacher_prompt[-1] == 2 and r.teacher_prompt.count(2) == 1 for r in scored)
+            assert all(len(r.teacher_prompt) <= (cfg.max_prompt_tokens or 128) for r in scored)
+        step = sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.01), scored, cfg)
+        assert all(map(math.isfinite, step.values())) and (step["kl"] >= -1e-5 or cfg.kl == "sampled" or cfg.condition == "grpo")
+
+
 # ---- README
 
 
@@ -999,7 +1173,8 @@ def test_the_readme_names_only_flags_and_functions_that_exist(capsys):
         with pytest.raises(SystemExit):
             main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
+    ours = readme[: readme.index("## When one GPU")] + readme[readme.index("## The log") :]  # between them: others' flags
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
     for name in re.findall(r"^\| \(\d\).*\| (.*) \|$", readme, re.MULTILINE):
         assert all(hasattr(sd, function) for function in re.findall(r"`(\w+)`", name))
     assert any("python sd.py" in line for line in readme.splitlines()[:30])
