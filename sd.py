@@ -451,6 +451,7 @@ def generate_batch(chat: Chat, prompts: list[list[int]], uniforms: Tensor | None
     ids = torch.tensor([chat.end_ids[:1] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, width)
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # a padded row's first real token stands at position 0
+    mask = mask if min(map(len, prompts)) < width else None  # a mask that hides nothing costs the model a fifth of its time
     ends, rows = torch.tensor(chat.end_ids, device=device), torch.arange(B, device=device)
     drawn = torch.full((B, max_new_tokens), -1, device=device)
     entropy = torch.zeros(B, device=device)
@@ -474,8 +475,10 @@ def generate_batch(chat: Chat, prompts: list[list[int]], uniforms: Tensor | None
             if len(keep) == 0:
                 break
             cache.reorder_cache(keep)  # not batch_select_indices, which linear-attention layers lack
-            rows, token, position, mask = rows[keep], token[keep], position[keep], mask[keep]
-        ids, position, mask = token[:, None], position[:, -1:] + 1, F.pad(mask, (0, 1), value=1)
+            rows, token, position = rows[keep], token[keep], position[keep]
+            mask = mask if mask is None else mask[keep]
+        ids, position = token[:, None], position[:, -1:] + 1
+        mask = mask if mask is None else F.pad(mask, (0, 1), value=1)
     else:
         bar.update(len(rows))
     if not entropy.isfinite().all():

@@ -1404,7 +1404,7 @@ def sampler_jobs(chat, prompts, ends, temperature, length) -> dict:
 
 def step_jobs(folder: Path, cfg: sd.Config) -> dict:
     """One whole grpo step, ours and TRL's: same model, LoRA, prompts, group size and length."""
-    chat, problems = sd.load_model(str(folder)), None
+    chat = sd.load_model(str(folder))
     problems = sd.load_problems(cfg, chat).train
     sd.add_adapters(chat.model, cfg)
     cfg = replace(cfg, out=tempfile.mkdtemp() + "/run")
@@ -1422,14 +1422,14 @@ def step_jobs(folder: Path, cfg: sd.Config) -> dict:
                                   gradient_checkpointing=cfg.gradient_checkpointing, logging_strategy="no")  # fmt: skip
         lora = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = trl.GRPOTrainer(str(folder), reward, settings, train_dataset=datasets.Dataset.from_list(prompts), peft_config=lora)
+        trainer.current_gradient_accumulation_steps = 1  # as its own train() sets it
         trainer.create_optimizer_and_scheduler(100)
         loader = iter(itertools.cycle(trainer.get_train_dataloader()))
 
         def theirs():
-            trainer.training_step(trainer.model, next(loader))
+            trainer.training_step(trainer.model, next(loader), None)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
-            trainer._step += 0
 
         jobs["trl"] = theirs
     return jobs
