@@ -1022,6 +1022,26 @@ def test_a_dead_critic_server_is_passed_over_and_loses_nothing(server):
     assert next(both.turn) == 4
 
 
+def test_a_critic_server_that_is_killed_half_way_costs_no_step(tmp_path, folder, server, monkeypatch):
+    """Two servers, one shut down in mid-run. Fails if a critique of the later steps is lost."""
+    second = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    second.calls = []
+    threading.Thread(target=second.serve_forever, daemon=True).start()
+    real = sd.take_step
+
+    def killing(run, *arguments):
+        if run.step == 2:
+            second.shutdown()
+            second.server_close()
+        return real(run, *arguments)
+
+    monkeypatch.setattr(sd, "take_step", killing)
+    urls = ",".join(f"http://127.0.0.1:{s.server_address[1]}/v1" for s in (server, second))
+    assert run_in(tmp_path, folder, "--condition", "critique", "--critic", urls, "--critic-model", "good", "--steps", "4", "--show-every", "0") == 0
+    assert [line["scored"] for line in log_of(tmp_path / "run") if "scored" in line] == [4] * 4
+    assert second.calls and len(server.calls) + len(second.calls) == 16
+
+
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, folder, monkeypatch):
     """Fails if evaluations without a new best are not counted, or the count is lost on resume; best.pt stays the best."""
     scores = iter([0.2, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
