@@ -56,7 +56,8 @@ def read_row(row: object) -> Problem:
     for name in ("problem", "solution", "answer") if "problem" in row else ("question", "answer"):
         text = texts[name] = str(row[name]) if type(row.get(name)) in (int, float) else row.get(name)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"field {name!r} is missing, empty or not text")
+            what = "missing" if name not in row else "empty" if isinstance(text, str) else "not text"
+            raise ValueError(f"field {name!r} is {what}")
         text.encode()  # half of a surrogate pair is a ValueError here, not a crash of the tokenizer in mid-run
     solution, mark, answer = texts["answer"].rpartition("####")
     if "question" in texts and not (mark and answer.strip()):

@@ -111,7 +111,8 @@ def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
 def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
     path = Path(folder) / checkpoint
-    return sd.saved_config(path), sd.load_checkpoint(path)["adapters"]
+    state = sd.load_checkpoint(path)
+    return sd.saved_config(state, path), state["adapters"]
 
 
 def trained(cfg: sd.Config, weights: dict) -> sd.Chat:

@@ -89,7 +89,7 @@ class Config:
     critic_max_new_tokens: int = knob(0, "cap of a critique, tokens; 0: twice an attempt's (untuned)", low=0)
     critic_parallel: int = knob(16, "http requests at once (untuned)", low=1)
     critic_timeout: float = knob(600.0, "seconds for one http reply (untuned)", low=0.01)
-    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: LOSSES.keys() - {"grpo"})
+    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: [k for k in LOSSES if k != "grpo"])
     stop_at_first_edit: bool = knob(False, "critique only: score no token past the first mended one (ours)")
     teacher_thinking: bool = knob(False, "teacher's template thinks, student's does not (paper: yes)")
     max_prompt_tokens: int = knob(0, "cap of the teacher's prompt, tokens; 0: the model's window", low=0)
@@ -247,6 +247,8 @@ class Split(NamedTuple):
 def read_problems(cfg: Config, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], dict[str, int]]:
     """({normalised text: (problem, its row)}, rows dropped by reason). A Refusal names a bad row's file, line, field."""
     found, dropped, room = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}, chat.window - cfg.max_new_tokens
+    if room <= 0:
+        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}")
     for where, row in read_rows(find_data(cfg.data)):
         if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
             dropped["without a solution"] += 1
@@ -254,9 +256,10 @@ def read_problems(cfg: Config, chat: "Chat") -> tuple[dict[str, tuple[Problem, d
         try:
             problem = read_row(row)
             size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
-            short = size <= room // 2 or size <= 64 * room and len(student_prompt(chat, problem, cfg)) <= room
-            if not short:
-                raise ValueError(f"beside --max-new-tokens {cfg.max_new_tokens} exceeds the window of {chat.window}")
+            fits = size <= room // 2 or size <= 64 * room and len(student_prompt(chat, problem, cfg)) <= room
+            if not fits:
+                raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens "
+                                 f"{cfg.max_new_tokens}")  # fmt: skip
         except ValueError as error:
             if not cfg.skip_bad_rows:
                 raise Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
@@ -365,10 +368,13 @@ class Chat:
 
     def defuse(self, text: str) -> str:
         """A special token's name in a problem or an attempt is text: a space in it keeps it from ending a turn."""
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special:
-                text = text.replace(token.content, token.content[:1] + " " + token.content[1:])
+        for name in self.special:
+            text = text.replace(name, name[:1] + " " + name[1:])
         return text
+
+    @functools.cached_property
+    def special(self) -> list[str]:
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     @functools.cached_property
     def header_length(self) -> int:
@@ -661,12 +667,12 @@ def group_advantages(rewards: list[float], group_size: int) -> list[float]:
 def write_contexts(rollouts: list[Rollout], critic: Critic, cfg: Config) -> int:
     """Give each rollout its context, or in grpo its advantage. Returns the tokens that the critic generated."""
     if CONDITIONS[cfg.condition] is None:
-        for r, r.advantage in zip(rollouts, group_advantages([r.reward for r in rollouts], cfg.group_size)):
-            pass
+        for r, advantage in zip(rollouts, group_advantages([r.reward for r in rollouts], cfg.group_size)):
+            r.advantage = advantage
         return 0
     contexts, tokens = CONDITIONS[cfg.condition](rollouts, critic, cfg)
-    for r, r.context in zip(rollouts, contexts):
-        pass
+    for r, context in zip(rollouts, contexts):
+        r.context = context
     return tokens
 
 
@@ -679,7 +685,10 @@ def teacher_prompt(chat: Chat, question: str, context: str, cfg: Config) -> list
     header stay whole. None if they alone do not fit."""
     room = min(chat.window - cfg.max_new_tokens, cfg.max_prompt_tokens or chat.window)
     render = lambda text: chat.encode(FORMATS[cfg.prompts].teacher(question, text), cfg.teacher_thinking)
-    ids, words = render(context), chat.tokenizer(context, add_special_tokens=False)["input_ids"]
+    ids = render(context)
+    if len(ids) <= room:
+        return ids
+    words = chat.tokenizer(context, add_special_tokens=False)["input_ids"]
     keep = len(words)
     while len(ids) > room and keep > 0:
         keep = max(0, keep - (len(ids) - room))
@@ -810,7 +819,8 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx, h_student, h_teacher, lm_head, row_weight, ids, advantage, loss, temperature, chunk):
         N, V, wide = len(h_student), len(lm_head), torch.promote_types(h_student.dtype, torch.float32)
         z = h_student.new_empty(min(chunk, N), V)  # three buffers of one chunk: nothing of size (N, V) exists
-        log_p, log_q = (z.new_empty(z.shape, dtype=wide) for _ in "pq")
+        log_p = z.new_empty(z.shape, dtype=wide)
+        log_q = None if h_teacher is None else torch.empty_like(log_p)
         per_row, grad = h_student.new_empty(N, dtype=wide), torch.empty_like(h_student)
         for start in range(0, N, chunk):
             rows, n = slice(start, start + chunk), min(chunk, N - start)
@@ -917,17 +927,20 @@ def measure(rollouts: list[Rollout], scored: list[Rollout], critic_tokens: int, 
     find, critique = FORMATS[cfg.prompts].steps, cfg.condition == "critique"
     copied = [step in find(r.text) for r in scored if critique for step in find(r.context)]
     groups = np.array([r.reward for r in rollouts]).reshape(-1, attempts_per_problem(cfg))
-    n, tokens, groups_n, steps_n, right, cut, entropy, flat, same, k, k_tokens, critic_tokens = summed(
-        len(rollouts), sum(len(r.sample.ids) for r in rollouts), len(groups), len(copied), sum(r.reward for r in rollouts),
-        sum(r.sample.truncated for r in rollouts), sum(r.sample.entropy for r in rollouts),
-        float((groups.std(1) == 0).sum()), sum(copied), len(scored), sum(len(r.scored) for r in scored), critic_tokens,
-    )  # fmt: skip
+    sums = {
+        "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
+        "tokens": sum(len(r.sample.ids) for r in rollouts), "entropy": sum(r.sample.entropy for r in rollouts),
+        "scored": len(scored), "scored_tokens": sum(len(r.scored) for r in scored), "critic_tokens": critic_tokens,
+        "steps": len(copied), "copied": sum(copied), "groups": len(groups), "flat": float((groups.std(1) == 0).sum()),
+    }  # fmt: skip
+    m = dict(zip(sums, summed(*sums.values())))  # of all processes
+    n = m["rollouts"]
     return {
-        "accuracy": right / n, "length": tokens / n, "truncated": cut / n, "entropy": entropy / n, "scored": k,
-        "scored_tokens": k_tokens, "critic_failed": n - k if critique else 0,
-        "copied": same / max(1, steps_n),  # share of the critiques' steps that stand word for word in the attempt
-        "zero_variance": flat / groups_n if attempts_per_problem(cfg) > 1 else 0.0, "solver_tokens": tokens,
-        "critic_tokens": critic_tokens,
+        "accuracy": m["right"] / n, "length": m["tokens"] / n, "truncated": m["cut"] / n, "entropy": m["entropy"] / n,
+        "scored": m["scored"], "scored_tokens": m["scored_tokens"], "critic_failed": n - m["scored"] if critique else 0,
+        "copied": m["copied"] / max(1, m["steps"]),  # share of the critiques' steps that stand word for word in the attempt
+        "zero_variance": m["flat"] / m["groups"] if attempts_per_problem(cfg) > 1 else 0.0,
+        "solver_tokens": m["tokens"], "critic_tokens": m["critic_tokens"],
     }  # fmt: skip
 
 
@@ -1175,10 +1188,10 @@ RESUMABLE = set("resume out preset steps save_every show_every final_problems ex
                 "critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk gradient_checkpointing patience".split())
 
 
-def saved_config(path: Path, **changes) -> Config:
-    """A checkpoint's config. The file may be anybody's, so its values are checked as a command line's are."""
+def saved_config(state: dict, path: Path, **changes) -> Config:
+    """The config of a checkpoint read from path, which may be anybody's: checked as a command line is."""
     try:
-        return check(Config(**{**load_checkpoint(path)["config"], **changes}))
+        return check(Config(**{**state["config"], **changes}))
     except TypeError:
         raise Refusal(f"{path} was written by another version of sd.py; train the run anew") from None
 
@@ -1186,7 +1199,8 @@ def saved_config(path: Path, **changes) -> Config:
 def resume_config(given: dict) -> tuple[Config, str]:
     """The saved config with the given flags on top."""
     out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
-    saved = saved_config(Path(out) / "checkpoint.pt", out=out)
+    path = Path(out) / "checkpoint.pt"
+    saved = saved_config(load_checkpoint(path), path, out=out)
     for name in given.keys() - RESUMABLE:
         if getattr(saved, name) != given[name]:
             raise Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "

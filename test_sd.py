@@ -760,9 +760,9 @@ BAD_DATA = [
     ("duplicates", (ROW + "\n").encode() * 9, "8 duplicate"), ("case duplicates", (ROW + "\n" + ROW.replace("1+1", "1+1  ")).encode(), "1 duplicate"),
     ("cut json", b'{"problem": "1', "line 1: is not JSON"), ("cut array", f"[{ROW}, ".encode(), "cut off"), ("array of numbers", b"[1, 2]", "row 1: is not a JSON object"),
     ("not utf-8", b"\xff\xfe{}", "not UTF-8"), ("latin-1", ROW.replace("1+1", "\xe9").encode("latin-1"), "position 13"),
-    ("missing field", b'{"problem": "1+1", "answer": "2"}', "'solution' is missing"), ("null", ROW.replace('"2"', "null").encode(), "'answer' is missing, empty or not text"),
-    ("bool", ROW.replace('"2"', "true").encode(), "'answer' is missing, empty or not text"), ("list", ROW.replace('"2"', "[2]").encode(), "'answer' is missing, empty or not text"),
-    ("no solution", ROW.replace("s1+1=2####2", "").encode(), "1 without a solution"), ("empty text", ROW.replace('"1+1"', '" "').encode(), "'problem' is missing, empty or not text"), ("second line", (ROW + "\n{}").encode(), "line 2: field 'question' is missing"),
+    ("missing field", b'{"problem": "1+1", "answer": "2"}', "'solution' is missing"), ("null", ROW.replace('"2"', "null").encode(), "'answer' is not text"),
+    ("bool", ROW.replace('"2"', "true").encode(), "'answer' is not text"), ("list", ROW.replace('"2"', "[2]").encode(), "'answer' is not text"),
+    ("no solution", ROW.replace("s1+1=2####2", "").encode(), "1 without a solution"), ("empty text", ROW.replace('"1+1"', '" "').encode(), "'problem' is empty"), ("second line", (ROW + "\n{}").encode(), "line 2: field 'question' is missing"),
     ("no ####", b'{"question": "1+1", "answer": "2"}', "'#### ANSWER'"), ("gsm8k empty", b'{"question": "1+1", "answer": "x ####"}', "'#### ANSWER'"),
     ("too long", ROW.replace("1+1", "1+" * 99 + "1").encode(), "window of 128"), ("5 MB", ROW.replace("1+1", "1+" * 2_500_000 + "1").encode(), "window of 128"),
     ("deep", b"[" * 100_000, "not JSON"), ("a string", b'"text"', "line 1: is not a JSON object"), ("yaml", b"problem: 1+1", "line 1: is not JSON"),
@@ -869,6 +869,10 @@ def run_in(tmp_path, folder, *flags) -> int:
     return sd.main([*common, *flags])
 
 
+# the same in a process of its own
+RUN_IN = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_sd, pathlib; sys.exit(test_sd.run_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:]))"
+
+
 def log_of(path) -> list[dict]:
     lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("cost", "config")} for line in lines]
@@ -893,13 +897,12 @@ def test_a_resumed_run_logs_the_same_numbers_as_an_uninterrupted_one(tmp_path, f
 def test_kill_9_at_20_random_moments_loses_nothing(tmp_path, folder):
     """A checkpoint a step, so that many a kill falls into its writing. Fails if checkpoint or log can be left half written,
     or a resumed step draws other numbers."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_sd, pathlib; test_sd.run_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:])"
     flags = ["--condition", "reference", "--save-every", "1", "--show-every", "0"]
     log, rng = tmp_path / "run/log.jsonl", random.Random(0)
     for kill in range(20):
         size = log.stat().st_size if log.exists() else 0
         resume = ["--resume"] if (tmp_path / "run/checkpoint.pt").exists() else []
-        child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(folder), *flags, "--steps", "9999", *resume], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen([sys.executable, "-c", RUN_IN, str(tmp_path), str(folder), *flags, "--steps", "9999", *resume], stdout=subprocess.DEVNULL)
         while not log.exists() or log.stat().st_size <= size:  # it has begun to write
             assert child.poll() is None
             time.sleep(0.005)
@@ -993,8 +996,7 @@ def test_help_names_every_knob_with_its_default(capsys):
 def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
     """Under torchrun on gloo. Fails if a process draws other random numbers, divides by its own token count, sees other
     rewards in its groups, or its gradient is left out; equal up to the order of float32 sums."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_sd, pathlib; sys.exit(test_sd.run_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:]))"
-    (tmp_path / "run.py").write_text(code)
+    (tmp_path / "run.py").write_text(RUN_IN)
     for condition in ("grpo", "reference"):
         flags = [str(folder), "--condition", condition, "--steps", "3", "--eval-every", "2", "--show-every", "1"]
         one, two = tmp_path / f"{condition}1", tmp_path / f"{condition}2"
@@ -1005,7 +1007,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
         assert done.stdout.count("step    2/3") == 1
         for a, b in zip(log_of(one / "run"), log_of(two / "run"), strict=True):
             assert a.keys() == b.keys()
-            assert all(a[k] == b[k] if isinstance(a[k], (str, dict)) else a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a)
+            assert all(a[k] == b[k] if isinstance(a[k], (str, dict)) else a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a)
         a, b = (sd.load_checkpoint(run / "run/checkpoint.pt") for run in (one, two))
         assert_same(a["adapters"], b["adapters"], atol=1e-4, rtol=1e-4)
     assert run_in(two, folder, "--condition", "reference", "--resume", "--steps", "4") == 0  # with one process
@@ -1061,7 +1063,7 @@ def test_nan_stops_before_the_update_and_names_step_and_row(tmp_path, folder, mo
 
     def poisoned(chat, prompts, responses):
         hidden = real(chat, prompts, responses)
-        if chat.model.training and hidden.requires_grad and len(calls := poisoned.calls) >= 2:
+        if chat.model.training and hidden.requires_grad and len(poisoned.calls) >= 2:
             start = sum(map(len, responses[:-1]))
             nan = torch.full_like(hidden[start:], math.nan)
             hidden = torch.cat([hidden[:start], nan if where == "loss" else hidden[start:]])
