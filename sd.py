@@ -771,7 +771,7 @@ def kl_naive(student_logits: Tensor, teacher_logits: Tensor, kl: str, temperatur
 
 
 # Each row of LOSSES gives the loss of every row and writes its gradient wrt z into grad_z, (rows, V). log_p and log_q
-# are buffers that it may overwrite; ids are the drawn tokens, (rows,), a their advantages of eq (3).
+# are buffers that it may overwrite, and grad_z may be log_p's; ids are the drawn tokens, (rows,), a their advantages.
 
 
 def kl_student_teacher(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
@@ -808,8 +808,8 @@ LOSSES = {"student||teacher": kl_student_teacher, "teacher||student": kl_teacher
 
 def log_softmax_of(h: Tensor, lm_head: Tensor, temperature: float, z: Tensor | None = None,
                    out: Tensor | None = None) -> Tensor:
-    """log softmax(h Wᵀ / temperature), (rows, V), through the buffers z and out if they are given. float32 from the
-    logits on: a bfloat16 log-softmax over 150,000 entries makes small divergences negative."""
+    """log softmax(h Wᵀ / temperature), (rows, V), through the buffers z and out, which may be one, if they are given.
+    float32 from the logits on: a bfloat16 log-softmax over 150,000 entries makes small divergences negative."""
     z = torch.addmm(h.new_zeros(1), h, lm_head.T, beta=0, alpha=1 / temperature, out=z)
     return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32), out=out)
 
@@ -818,14 +818,16 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_student, h_teacher, lm_head, row_weight, ids, advantage, loss, temperature, chunk):
         N, V, wide = len(h_student), len(lm_head), torch.promote_types(h_student.dtype, torch.float32)
-        z = h_student.new_empty(min(chunk, N), V)  # three buffers of one chunk: nothing of size (N, V) exists
-        log_p = z.new_empty(z.shape, dtype=wide)
+        mixed = h_student.dtype != wide  # else the logits become log-softmaxes, and those the gradient, where they stand
+        z = h_student.new_empty(min(chunk, N), V)  # the buffers of one chunk: nothing of size (N, V) exists
+        log_p = torch.empty_like(z, dtype=wide) if mixed else z
         log_q = None if h_teacher is None else torch.empty_like(log_p)
+        z_q = z if mixed else log_q
         per_row, grad = h_student.new_empty(N, dtype=wide), torch.empty_like(h_student)
         for start in range(0, N, chunk):
             rows, n = slice(start, start + chunk), min(chunk, N - start)
+            q = None if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z_q[:n], log_q[:n])
             p = log_softmax_of(h_student[rows], lm_head, temperature, z[:n], log_p[:n])
-            q = None if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z[:n], log_q[:n])
             per_row[rows] = LOSSES[loss](p, q, ids[rows], advantage[rows], z[:n])
             grad[rows] = (row_weight[rows, None] / temperature) * (z[:n] @ lm_head)
         ctx.save_for_backward(grad)
