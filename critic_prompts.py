@@ -1,6 +1,7 @@
-"""What goes into a model and what is read out of it: problem files, answers, prompts, and the toy world.
+"""What goes into a model and what is read out of it: problem files, answers, chat templates, prompts, the critic's wire,
+and the toy world. The method is in sd.py; nothing here knows of it.
 
-Who sees what (each function of section 2 makes a list of chat messages; the model's own template renders it):
+Who sees what (each function of section 3 makes a list of chat messages; the model's own template renders it):
 
     reader     problem   its own attempt   critique   worked solution
     student      yes           -              -              -
@@ -14,26 +15,49 @@ Two formats exist: "steps" for chat models, "toy" for the toy world. Each knows 
 import contextlib
 import functools
 import hashlib
+import http.client
 import inspect
+import itertools
 import json
 import os
 import random
 import re
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
 class Refusal(Exception):
     """Something the user can mend. `main` prints it as one line and exits with 2."""
+
+
+def spell(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts.items())
+
+
+def printable(text: str) -> str:
+    """For a terminal: a control character of a model's or a file's reaches nobody's screen."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+
+
+def progress(items=None, **options) -> tqdm:
+    """A bar on work over 5 s, on a terminal, by one process."""
+    other = torch.distributed.is_initialized() and torch.distributed.get_rank()
+    return tqdm(items, leave=False, delay=5, disable=True if other else None, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +109,44 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"{path}, line {number}", ValueError(f"is not JSON ({error})")
 
 
+def find_data(name: str) -> Path:
+    """The local path of --data; `hub:owner/name/path` is fetched once, into the hub's own cache."""
+    if name == "toy":
+        return toy_world() / "problems.jsonl"
+    if not name.startswith("hub:"):
+        return Path(name)
+    owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
+    get = functools.partial(huggingface_hub.hf_hub_download, f"{owner}/{repo}", file, repo_type="dataset")
+    return Path(fetch(name, "--data a local .jsonl file", False, get))
+
+
+def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], dict[str, int]]:
+    """({normalised text: (problem, its row)}, rows dropped by reason), from sd.py's config. A Refusal names file, line, field."""
+    found, dropped, room = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}, chat.window - cfg.max_new_tokens
+    if room <= 0:
+        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}")
+    for where, row in read_rows(find_data(cfg.data)):
+        if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
+            dropped["without a solution"] += 1
+            continue
+        try:
+            problem = read_row(row)
+            size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
+            fits = size <= room // 2 or size <= 64 * room and len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) <= room
+            if not fits:
+                raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens "
+                                 f"{cfg.max_new_tokens}")  # fmt: skip
+        except ValueError as error:
+            if not cfg.skip_bad_rows:
+                raise Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
+            dropped["bad"] += 1
+            continue
+        key = normalise(problem.question)
+        dropped["duplicate"] += key in found
+        found.setdefault(key, (problem, row))
+    return found, dropped
+
+
 def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
@@ -98,7 +160,7 @@ def extract_answer(text: str) -> str | None:
         _, found, rest = text.rpartition(mark)
         rest = rest[:1000].lstrip()
         if found and mark == "\\boxed{":  # its own closing brace, or nothing
-            depth = accumulate((c == "{") - (c == "}") for c in rest)
+            depth = itertools.accumulate((c == "{") - (c == "}") for c in rest)
             return rest[: next((i for i, d in enumerate(depth) if d < 0), 0)].strip() or None
         if found:
             return rest.partition(end)[0].strip() or None
@@ -141,21 +203,116 @@ def is_correct(text: str, answer: str) -> bool:
         return bool(math_verify().verify(parse(f"${answer}$"), parse(f"${found}$")))
     return False
 
+
 def grader() -> str:
     return "exact + number" + (" + math-verify" if math_verify() else "")
 
 
-def spell(counts: dict[str, int]) -> str:
-    return ", ".join(f"{n} {what}" for what, n in counts.items())
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Chat: a model and its tokenizer. Nothing but ids leaves for the sampler and the loss.
 
 
-def printable(text: str) -> str:
-    """For a terminal: a control character of a model's or a file's reaches nobody's screen."""
-    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+@dataclass
+class Chat:
+    """A causal language model with the tokenizer that speaks to it."""
+
+    model: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    end_ids: list[int]  # any of them ends a turn
+    window: int  # tokens of prompt and response together
+
+    @property
+    def head(self) -> Tensor:
+        return self.model.get_output_embeddings().weight  # (V, D)
+
+    def encode(self, messages: list[dict], thinking: bool = False, header: bool = True) -> list[int]:
+        """Ids of a conversation and of the header of the reply."""
+        safe = [{**m, "content": self.defuse(m["content"])} for m in messages]
+        text = self.tokenizer.apply_chat_template(
+            safe, tokenize=False, add_generation_prompt=header, enable_thinking=thinking)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special ones
+
+    def defuse(self, text: str) -> str:
+        """A special token's name in a problem or an attempt is text: a space in it keeps it from ending a turn."""
+        for name in self.special:
+            text = text.replace(name, name[:1] + " " + name[1:])
+        return text
+
+    @functools.cached_property
+    def special(self) -> list[str]:
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    @functools.cached_property
+    def header_length(self) -> int:
+        """Tokens of the generation header, in which every prompt ends."""
+        return max(1, len(self.encode([user("a")])) - len(self.encode([user("a")], header=False)))
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Asked once, so that a machine without a hub hears so at once and not after the client's many retries."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True
+
+
+def fetch(what: str, mend: str, local: bool, get: Callable):
+    """get(local_files_only=…), or a Refusal: the hub's clients raise a dozen types, all of which mean `not there`."""
+    offline = not local and not hub_answers()
+    try:
+        return get(local_files_only=local or offline)
+    except Exception as error:
+        reason = "the hub does not answer" if offline else f"{type(error).__name__}: {error}".split("\n")[0][:150]
+        raise Refusal(f"cannot load {what} ({reason}); give {mend}, or --preset toy") from None
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
+    """A frozen chat model, from a folder or the hub. A Refusal says why a model can't be used, in one line."""
+    name = str(toy_world()) if name == "toy" else name
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(own_gpu if device == "auto" else device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    load = lambda **where: (transformers.AutoTokenizer.from_pretrained(name, **where),
+                            transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **where))
+    tokenizer, model = fetch(f"model {name}", "a local folder", os.path.isdir(name), load)
+    if not tokenizer.chat_template:
+        raise Refusal(f"{name} has no chat template; choose an instruction-tuned model")
+    config = model.config.get_text_config()
+    stops = [getattr(c, "eos_token_id", None) for c in (tokenizer, config, model.generation_config)]
+    end_ids = {i for stop in stops for i in (stop if isinstance(stop, list) else [stop]) if i is not None}
+    if not end_ids:
+        raise Refusal(f"{name} names no end token, so no attempt would stop; set eos_token in tokenizer_config.json")
+    for module in model.modules():  # dropout would tell the student from the teacher by noise
+        for rate in {"p", "attention_dropout"} & vars(module).keys():
+            setattr(module, rate, 0.0)
+    window = getattr(config, "max_position_embeddings", 1 << 20)
+    chat = Chat(model.to(device).requires_grad_(False), tokenizer, sorted(end_ids), window)
+    check_head(chat, name)
+    return chat
+
+
+@torch.no_grad()
+def check_head(chat: Chat, name: str) -> None:
+    """Refuse a head that is not logits = h Wᵀ, as the fused loss assumes."""
+    head, config = chat.model.get_output_embeddings(), chat.model.config.get_text_config()
+    ids = torch.arange(4, device=chat.model.device)[None]
+    fused = type(head) is nn.Linear and head.bias is None and not getattr(config, "final_logit_softcapping", None)
+    if fused:  # a head may hide its arithmetic in the model's forward: ask it
+        plain = F.linear(chat.model.base_model(input_ids=ids).last_hidden_state, head.weight)
+        fused = torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=0.02 * plain.abs().max())
+    if not fused:
+        raise Refusal(f"{name} caps, scales or biases its logits, which the fused loss does not; choose another --model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Prompts. EDIT HERE (prompts): "steps", for chat models
+# 3. Prompts. EDIT HERE (prompts): "steps", for chat models
 
 
 FORMAT = """Write one step at a time. Put each step inside numbered tags and only the final answer inside answer tags:
@@ -330,7 +487,74 @@ def strip_thinking(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The toy world: a language with a misconception, and a model of it that is pre-trained while you wait. It becomes a
+# 4. A critic behind a URL.
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+class Reply(NamedTuple):
+    text: str | None  # None: failed or cut off
+    tokens: int  # generated, as far as is known
+
+
+@dataclass
+class HTTPCritic:
+    """OpenAI-compatible chat completions: vLLM, SGLang, llama.cpp, transformers serve, a hosted API; one or a fleet."""
+
+    urls: list[str]
+    model: str
+    max_new_tokens: int
+    parallel: int
+    timeout: float
+    tries: int = 4
+    pause: float = 1.0  # seconds before the second try; doubles
+    rest: float = 30.0  # seconds for which a server that failed is passed over, while others stand
+    last_error: str = ""
+
+    def __post_init__(self):
+        self.turn, self.back = itertools.count(), dict.fromkeys(self.urls, 0.0)  # when each may be asked again
+
+    def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(progress(pool.map(self.ask, conversations), total=len(conversations), desc="critic"))
+
+    def ask(self, messages: list[dict]) -> Reply:
+        """429, 5xx, time-outs and broken replies are tried again, elsewhere if there is another server; any other
+        4xx is not. A reply can be anything, so any exception that reading it raises is a failure of that reply."""
+        for k in range(self.tries):
+            up = [url for url in self.urls if self.back[url] <= time.monotonic()]
+            time.sleep(k and not up[1:] and self.pause * 2 ** (k - 1))
+            url = (up or self.urls)[next(self.turn) % len(up or self.urls)]
+            try:
+                return self.post(url, messages)
+            except Exception as error:
+                code = getattr(error, "code", 500)
+                self.last_error = f"HTTP {code}" if hasattr(error, "code") else f"{type(error).__name__}: {error}"[:100]
+                if code != 429 and code < 500:
+                    break
+                self.back[url] = time.monotonic() + self.rest
+        return Reply(None, 0)
+
+    def post(self, url: str, messages: list[dict]) -> Reply:
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_new_tokens}
+        headers = {"Content-Type": "application/json"}
+        # read here and kept nowhere: no config, log or message holds it; http.client would quote one with a line end
+        if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            reply = json.loads(response.read())
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        text = choice["message"]["content"]
+        if not isinstance(text, str | None):
+            raise TypeError("content is not text")
+        return Reply(None if choice.get("finish_reason") == "length" else text, int(usage.get("completion_tokens") or 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The toy world: a language with a misconception, and a model of it that is pre-trained while you wait. It becomes a
 # Hugging Face folder and a problem file; from there on, nothing knows that it is a toy.
 
 
@@ -463,7 +687,7 @@ def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
     )  # fmt: skip
 
 
-def toy_loss(model, tokenizer, examples: list[tuple[list[dict], str, str]]) -> torch.Tensor:
+def toy_loss(model, tokenizer, examples: list[tuple[list[dict], str, str]]) -> Tensor:
     """Cross entropy of every token of the replies, (N,)."""
     rows, labels = [], []
     for messages, given, reply in examples:
@@ -471,7 +695,7 @@ def toy_loss(model, tokenizer, examples: list[tuple[list[dict], str, str]]) -> t
         own = tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id]
         rows.append(torch.tensor(prompt["input_ids"] + own))
         labels.append(torch.tensor([-100] * len(prompt["input_ids"]) + own))
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     logits = model(input_ids=pad(rows)).logits[:, :-1]  # (rows, width, V)
     targets = pad(labels, padding_value=-100)[:, 1:]
     return F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="none")

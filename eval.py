@@ -37,12 +37,12 @@ METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "
 SEED = 1_000_003  # of every evaluation, so that base and runs draw from the same uniforms; not a training seed
 
 
-def evaluate(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config, seed: int = SEED) -> list[list[dict]]:
+def evaluate(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config, seed: int = SEED) -> list[list[dict]]:
     """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}."""
     rollouts = sd.attempt(chat, sd.share(list(enumerate(problems))), cfg, cfg.eval_samples, seed)
     records = [
         {
-            "text": r.text, "answer": sd.extract_answer(r.text), "correct": bool(r.reward),
+            "text": r.text, "answer": texts.extract_answer(r.text), "correct": bool(r.reward),
             "length": len(r.sample.ids), "truncated": r.sample.truncated,
         }
         for r in rollouts
@@ -61,7 +61,7 @@ def maj_at_k(attempts: list[dict]) -> float:
     for a in attempts:
         if a["answer"] is not None:
             number = texts.as_number(a["answer"])
-            votes[sd.normalise(a["answer"]) if number is None else number].append(a["correct"])
+            votes[texts.normalise(a["answer"]) if number is None else number].append(a["correct"])
     most = max(map(len, votes.values()), default=0)
     return float(np.mean([votes[0] for votes in votes.values() if len(votes) == most])) if votes else 0.0
 
@@ -110,13 +110,12 @@ def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
 
 def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
-    path = Path(folder) / checkpoint
-    state = sd.load_checkpoint(path)
-    return sd.saved_config(state, path), state["adapters"]
+    state = sd.load_checkpoint(Path(folder) / checkpoint)
+    return state["config"], state["adapters"]
 
 
-def trained(cfg: sd.Config, weights: dict) -> sd.Chat:
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+def trained(cfg: sd.Config, weights: dict) -> texts.Chat:
+    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     sd.add_adapters(chat.model, cfg)
     sd.load_adapters(chat.model, weights)
     return chat
@@ -137,9 +136,9 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
             "max_new_tokens",
         ):
             if getattr(cfg, name) != getattr(base, name):
-                raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
+                raise texts.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
     base = replace(base, eval_samples=samples or base.eval_samples)
-    chat = sd.load_model(base.model, base.dtype, base.device)
+    chat = texts.load_model(base.model, base.dtype, base.device)
     problems = sd.load_problems(base, chat).test[:count]
     attempts = {"base": evaluate(chat, problems, base)}
     del chat
@@ -175,7 +174,7 @@ def ratio(top: np.ndarray, bottom: np.ndarray) -> dict:
     return {"value": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high)}
 
 
-def wrong_step(chat: sd.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[int, int, int]:
+def wrong_step(chat: texts.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[int, int, int]:
     """(start, end, edit) in tokens: the attempt's step in which the critique first departs from it, and the departure.
 
     Without steps in the attempt, its line counts as a step.
@@ -201,21 +200,21 @@ def wrong_step(chat: sd.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[
 
 
 def advantages(
-    chat: sd.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
+    chat: texts.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
 ) -> list[np.ndarray | None]:
     """A_t, eq (2), of each attempt's tokens under its context; None where there is none."""
     for r, r.context in zip(rollouts, contexts):
         r.scored_length = None
     packed = sd.pack(chat, rollouts, replace(cfg, condition="critique", stop_at_first_edit=False))
     found: dict[int, np.ndarray] = {}
-    for start in sd.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
+    for start in texts.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
         part = packed[start : start + cfg.micro_batch]
         found |= {id(r): a.float().cpu().numpy() for r, a in zip(part, sd.token_advantages(chat, part, cfg))}
     return [found.get(id(r)) for r in rollouts]
 
 
 @torch.no_grad()
-def alternatives(chat: sd.Chat, rollout: sd.Rollout, context: str, cfg: sd.Config) -> list[str]:
+def alternatives(chat: texts.Chat, rollout: sd.Rollout, context: str, cfg: sd.Config) -> list[str]:
     """The teacher's three likeliest tokens at each position, in words."""
     rollout.context = context
     (packed,) = sd.pack(chat, [rollout], replace(cfg, condition="critique"))
@@ -259,15 +258,15 @@ def localise(rollouts, samples: int, found: list, places: list) -> dict:
 def study_tokens(folder: str, count: int | None, samples: int | None, url: str | None) -> str:
     """The table of all contexts. Writes tokens.md, tokens.json and tokens.html into the run folder."""
     cfg, _ = load_run(folder, "checkpoint.pt")
-    if sd.is_url(cfg.critic) and cfg.critic != url:
-        raise sd.Refusal(f"argument --critic: pass {cfg.critic} if you trust it; the API key goes to no address out of a file")
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
-    critic, fmt, samples = sd.load_critic(cfg, chat), sd.FORMATS[cfg.prompts], samples or 4
+    if texts.is_url(cfg.critic) and cfg.critic != url:
+        raise texts.Refusal(f"argument --critic: pass {cfg.critic} if you trust it; the API key goes to no address out of a file")
+    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
+    critic, fmt, samples = sd.load_critic(cfg, chat), texts.FORMATS[cfg.prompts], samples or 4
     problems = sd.load_problems(cfg, chat).test[: count or 50]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, SEED)
     contexts = {
         f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0]
-        for style in sd.STYLES
+        for style in texts.STYLES
     }
     contexts["reference"] = [r.problem.solution for r in rollouts]
     found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
@@ -276,7 +275,7 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
     mended, places = contexts["critique (copy)"], [None] * len(rollouts)
     for i in whole:
         r = rollouts[i]
-        if not r.reward and sd.is_correct(mended[i], r.problem.answer):
+        if not r.reward and texts.is_correct(mended[i], r.problem.answer):
             places[i] = wrong_step(chat, r, mended[i], fmt)
     common = {name: [a if i in whole else None for i, a in enumerate(values)] for name, values in found.items()}
     numbers = {name: localise(rollouts, samples, values, places) for name, values in common.items()}
@@ -321,7 +320,7 @@ def numbers_table(numbers: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def example(chat: sd.Chat, r: sd.Rollout, scored: dict, grpo: float, place, cfg: sd.Config) -> dict:
+def example(chat: texts.Chat, r: sd.Rollout, scored: dict, grpo: float, place, cfg: sd.Config) -> dict:
     """One attempt for the pictures: tokens, and a row of advantages for each condition."""
     rows = {}
     for name, (a, context) in scored.items():
@@ -442,8 +441,8 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     if (folder / "checkpoint.pt").exists():
         state = sd.load_checkpoint(folder / "checkpoint.pt")
         for name in sd.asdict(cfg).keys() - sd.RESUMABLE - {"eval_every"}:
-            if state["config"].get(name) != getattr(cfg, name):
-                raise sd.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
+            if getattr(state["config"], name) != getattr(cfg, name):
+                raise texts.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
         if state["step"] == cfg.steps:
             return folder
         command.append("--resume")
@@ -455,7 +454,7 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise sd.Refusal(f"training {folder} ended with {code}: {heard.getvalue().strip().splitlines()[-1]}")
+        raise texts.Refusal(f"training {folder} ended with {code}: {heard.getvalue().strip().splitlines()[-1]}")
     return folder
 
 
@@ -504,7 +503,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
             runs[arm] = [train_once(root, arm, rates[arm], seed, flags) for seed in range(seeds)]
             bar.update(seeds - 1)
     cfg, _ = load_run(str(runs["critique"][0]), "checkpoint.pt")
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     problems = sd.load_problems(cfg, chat).test
     base = {name: float(values.mean()) for name, values in scores(evaluate(chat, problems, cfg)).items()}
     rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
@@ -568,14 +567,14 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        raise sd.Refusal("--plot needs matplotlib: pip install matplotlib") from None
+        raise texts.Refusal("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "sd", "font.size": 10, "svg.fonttype": "none", "text.parse_math": False}
     import matplotlib.pyplot as plt
 
     for path, command in ((root / "table.json", "--reproduce"), (tokens / "tokens.json", f"--tokens {tokens}")):
         if not path.exists():
-            raise sd.Refusal(f"{path} is missing; run python eval.py {command} first")
+            raise texts.Refusal(f"{path} is missing; run python eval.py {command} first")
     out.mkdir(parents=True, exist_ok=True)
     runs = json.loads((root / "table.json").read_text())["runs"]
     k = load_run(runs["critique"][0], "checkpoint.pt")[0].eval_samples
@@ -630,11 +629,11 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
 def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores go to OUT.scores.jsonl as they come, so that the same command goes on."""
     cfg, _ = sd.parse_config([*flags, "--data", str(pool), "--eval-samples", str(samples)])
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
-    rows, dropped = sd.read_problems(cfg, chat)
+    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
+    rows, dropped = texts.read_problems(cfg, chat)
     how = {name: getattr(cfg, name) for name in ("model", "prompts", "temperature", "max_new_tokens", "eval_samples")}
     kept = Path(f"{out}.scores.jsonl")
-    entries = [entry for _, entry in sd.read_rows(kept)] if kept.exists() else []  # a line cut by a kill is no dict
+    entries = [entry for _, entry in texts.read_rows(kept)] if kept.exists() else []  # a line cut by a kill is no dict
     known = {e["problem"]: e["avg"] for e in entries if isinstance(e, dict) and e.get("how") == how}
     todo = [(key, problem) for key, (problem, _) in rows.items() if key not in known]
     at_once = max(1, cfg.sample_batch // samples)
@@ -650,22 +649,57 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
     dropped[f"solved {below:g} or more of the time"] = sum(known[key] >= below for key in rows)
     chosen = [row for key, (_, row) in rows.items() if 0 < known[key] < below]
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), "utf-8")
-    return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {sd.spell(dropped)}"
+    return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {texts.spell(dropped)}"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. What sd.py prints: at its start, after each step, at its end.
 
 
-def opening(chat: sd.Chat, problems: sd.Split) -> str:
+def opening(chat: texts.Chat, problems: sd.Split) -> str:
     trained = sum(p.numel() for p in sd.adapters(chat.model).values())
     parts = zip(("train", "validation", "test"), map(len, problems))
     return (f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
             f"{chat.model.device} | {', '.join(f'{n} {name}' for name, n in parts)} problems "
-            f"(dropped: {sd.spell(problems.dropped)})")  # fmt: skip
+            f"(dropped: {texts.spell(problems.dropped)})")  # fmt: skip
 
 
-def step(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
+def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
+    """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
+    find, critique = texts.FORMATS[cfg.prompts].steps, cfg.condition == "critique"
+    scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
+    copied = [step in find(r.text) for r in scored if critique for step in find(r.context)]
+    groups = np.array([r.reward for r in rollouts]).reshape(-1, cfg.attempts_per_problem)
+    sums = {
+        "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
+        "tokens": sum(len(r.sample.ids) for r in rollouts), "entropy": sum(r.sample.entropy for r in rollouts),
+        "scored": len(scored), "scored_tokens": sum(len(r.scored) for r in scored), "critic_tokens": m["critic_tokens"],
+        "steps": len(copied), "copied": sum(copied), "groups": len(groups), "flat": float((groups.std(1) == 0).sum()),
+    }  # fmt: skip
+    t = dict(zip(sums, sd.summed(*sums.values())))  # totals of all processes
+    n = t["rollouts"]
+    return {
+        **m, "cost": {**m["cost"], "peak_mib": round(peak_memory(chat.model.device), 1)},
+        "accuracy": t["right"] / n, "length": t["tokens"] / n, "truncated": t["cut"] / n, "entropy": t["entropy"] / n,
+        "scored": t["scored"], "scored_tokens": t["scored_tokens"], "critic_failed": n - t["scored"] if critique else 0,
+        "copied": t["copied"] / max(1, t["steps"]),  # share of the critiques' steps that stand word for word in the attempt
+        "zero_variance": t["flat"] / t["groups"] if cfg.attempts_per_problem > 1 else 0.0,
+        "solver_tokens": t["tokens"], "critic_tokens": t["critic_tokens"],
+    }  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: the CUDA allocator's peak, or the process's on CPU; 0 where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def step(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
     """One line a step, a warning where one is due, and now and then an example."""
     seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
     print(
@@ -686,13 +720,13 @@ def step(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, 
         show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
 
 
-def show(chat: sd.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
+def show(chat: texts.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
     """One problem, attempt and context, and the five tokens whose probability the teacher would move most."""
     lines = [
         f"problem    {rollout.problem.question}   [answer {rollout.problem.answer}]",
         f"attempt    {rollout.text}   [{'right' if rollout.reward else 'wrong'}]",
     ]
-    if sd.CONDITIONS[cfg.condition] is None:
+    if not cfg.teacher:
         lines.append(f"advantage  {rollout.advantage:+.2f} for each of its {len(rollout.sample.ids)} tokens   [eq (3)]")
     else:
         lines.append(f"{cfg.condition:10s} {rollout.context or 'none: the critic failed'}")
@@ -705,7 +739,7 @@ def show(chat: sd.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
         print("  " + texts.printable(line))
 
 
-def validate(run: sd.Run, problems: list[sd.Problem]) -> None:
+def validate(run: sd.Run, problems: list[texts.Problem]) -> None:
     """Score the validation problems, and keep the adapters in best.pt if they never did better."""
     score = float(scores(evaluate(run.chat, problems, run.cfg))["Avg"].mean())
     run.log({"step": run.step, "validation_avg": score})
@@ -715,7 +749,7 @@ def validate(run: sd.Run, problems: list[sd.Problem]) -> None:
         run.save("best.pt")
 
 
-def closing(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) -> str:
+def closing(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config) -> str:
     """What sd.py prints at its end: base (adapter off) → trained, on held-out problems, same seeds."""
     with sd.adapters_off(chat.model):
         before = scores(evaluate(chat, problems, cfg))
@@ -771,9 +805,9 @@ def main(argv: list[str] | None = None) -> int:
         args, flags = parser.parse_args(argv[:own]), argv[own + 1 :]
         for name in ("samples", "problems", "seeds"):
             if (getattr(args, name) or 1) < 1:
-                raise sd.Refusal(f"argument --{name}: {getattr(args, name)} is out of range; the least is 1")
+                raise texts.Refusal(f"argument --{name}: {getattr(args, name)} is out of range; the least is 1")
         if flags and not (args.reproduce or args.filter):
-            raise sd.Refusal(f"argument {flags[0]}: only --reproduce and --filter pass flags on to sd.py")
+            raise texts.Refusal(f"argument {flags[0]}: only --reproduce and --filter pass flags on to sd.py")
         if args.reproduce:
             print(reproduce(Path(args.out or "runs/reproduce"), args.seeds, flags))
         elif args.tokens:
@@ -786,9 +820,9 @@ def main(argv: list[str] | None = None) -> int:
             out = Path(args.out or Path(args.runs[0]).parent)
             print(evaluate_runs(args.runs, args.checkpoint, args.problems, args.samples, out))
         else:
-            raise sd.Refusal("name run folders, or one of --tokens, --reproduce, --plot, --filter; see --help")
+            raise texts.Refusal("name run folders, or one of --tokens, --reproduce, --plot, --filter; see --help")
         return 0
-    except sd.Refusal as refusal:
+    except texts.Refusal as refusal:
         print(f"eval.py: {texts.printable(str(refusal))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

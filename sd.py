@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -39,16 +38,12 @@ import random
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -57,8 +52,9 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from critic_prompts import (FORMATS, STYLES, Problem, Refusal, extract_answer, grader, is_correct, normalise, printable, read_row,
-                            read_rows, spell, strip_thinking, toy_world, user)  # fmt: skip
+from critic_prompts import (FORMATS, STYLES, Chat, HTTPCritic, Problem, Refusal, Reply, extract_answer, grader, is_correct,
+                            is_url, load_model, printable, progress, read_problems, spell, strip_thinking)  # fmt: skip
+
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,6 +115,14 @@ class Config:
     out: str = knob("", "run folder; empty: runs/CONDITION")
     resume: bool = knob(False, "go on from OUT's checkpoint, with its config")
 
+    @property
+    def teacher(self) -> bool:
+        return CONDITIONS[self.condition] is not None
+
+    @property
+    def attempts_per_problem(self) -> int:
+        return 1 if self.teacher else self.group_size
+
 
 PRESETS = {
     "toy": dict(
@@ -142,14 +146,10 @@ def join() -> None:
     """Under torchrun, meet the others; rank 0 alone prints. A group must outlive a slow rank's whole rollout."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(local_device())
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
         if rank():
             sys.stdout = open(os.devnull, "w")
-
-
-def local_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def share(items: list) -> list:
@@ -194,45 +194,8 @@ def leader_first(make: Callable):
     return make() if rank() else made
 
 
-def progress(items=None, **options) -> tqdm:
-    return tqdm(items, leave=False, delay=5, disable=True if rank() else None, **options)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# 1. Problems. Their files and the reward, `is_correct`, are in critic_prompts.py.
-
-
-@functools.cache
-def hub_answers() -> bool:
-    """Asked once, so that a machine without a hub hears so at once and not after the client's many retries."""
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError, http.client.HTTPException):
-        return False
-    return True
-
-
-def fetch(what: str, mend: str, local: bool, get: Callable):
-    """get(local_files_only=…), or a Refusal: the hub's clients raise a dozen types, all of which mean `not there`."""
-    offline = not local and not hub_answers()
-    try:
-        return get(local_files_only=local or offline)
-    except Exception as error:
-        reason = "the hub does not answer" if offline else f"{type(error).__name__}: {error}".split("\n")[0][:150]
-        raise Refusal(f"cannot load {what} ({reason}); give {mend}, or --preset toy") from None
-
-
-def find_data(name: str) -> Path:
-    """The local path of --data; `hub:owner/name/path` is fetched once, into the hub's own cache."""
-    if name == "toy":
-        return toy_world() / "problems.jsonl"
-    if not name.startswith("hub:"):
-        return Path(name)
-    owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
-    get = functools.partial(huggingface_hub.hf_hub_download, f"{owner}/{repo}", file, repo_type="dataset")
-    return Path(fetch(name, "--data a local .jsonl file", False, get))
+# 1. Problems. Their files, and the reward `is_correct`, are in critic_prompts.py, with Chat: a model and its tokenizer.
 
 
 class Split(NamedTuple):
@@ -244,34 +207,7 @@ class Split(NamedTuple):
     dropped: dict[str, int]  # rows, by reason
 
 
-def read_problems(cfg: Config, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], dict[str, int]]:
-    """({normalised text: (problem, its row)}, rows dropped by reason). A Refusal names a bad row's file, line, field."""
-    found, dropped, room = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}, chat.window - cfg.max_new_tokens
-    if room <= 0:
-        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}")
-    for where, row in read_rows(find_data(cfg.data)):
-        if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
-            dropped["without a solution"] += 1
-            continue
-        try:
-            problem = read_row(row)
-            size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
-            fits = size <= room // 2 or size <= 64 * room and len(student_prompt(chat, problem, cfg)) <= room
-            if not fits:
-                raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens "
-                                 f"{cfg.max_new_tokens}")  # fmt: skip
-        except ValueError as error:
-            if not cfg.skip_bad_rows:
-                raise Refusal(f"{where}: {error}; mend the row or pass --skip-bad-rows") from None
-            dropped["bad"] += 1
-            continue
-        key = normalise(problem.question)
-        dropped["duplicate"] += key in found
-        found.setdefault(key, (problem, row))
-    return found, dropped
-
-
-def load_problems(cfg: Config, chat: "Chat") -> Split:
+def load_problems(cfg: Config, chat: Chat) -> Split:
     """Read and split --data. The split is a function of the texts alone: neither order nor seed moves a problem."""
     found, dropped = read_problems(cfg, chat)
     test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
@@ -283,9 +219,8 @@ def load_problems(cfg: Config, chat: "Chat") -> Split:
     return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
 
 
-
 # ------------------------------------------------------------------------------------------------------------
-# 2. The model: any decoder-only chat model, with an adapter that can be switched off: off, it is the teacher.
+# 2. LoRA: an adapter that can be switched off. Off, the model is the initial policy: the teacher.
 
 
 class LoRALinear(nn.Linear):
@@ -344,82 +279,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
-
-
-@dataclass
-class Chat:
-    """A causal language model with the tokenizer that speaks to it."""
-
-    model: nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list[int]  # any of them ends a turn
-    window: int  # tokens of prompt and response together
-
-    @property
-    def head(self) -> Tensor:
-        return self.model.get_output_embeddings().weight  # (V, D)
-
-    def encode(self, messages: list[dict], thinking: bool = False, header: bool = True) -> list[int]:
-        """Ids of a conversation and of the header of the reply."""
-        safe = [{**m, "content": self.defuse(m["content"])} for m in messages]
-        text = self.tokenizer.apply_chat_template(
-            safe, tokenize=False, add_generation_prompt=header, enable_thinking=thinking)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special ones
-
-    def defuse(self, text: str) -> str:
-        """A special token's name in a problem or an attempt is text: a space in it keeps it from ending a turn."""
-        for name in self.special:
-            text = text.replace(name, name[:1] + " " + name[1:])
-        return text
-
-    @functools.cached_property
-    def special(self) -> list[str]:
-        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-
-    @functools.cached_property
-    def header_length(self) -> int:
-        """Tokens of the generation header, in which every prompt ends."""
-        return max(1, len(self.encode([user("a")])) - len(self.encode([user("a")], header=False)))
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
-    """A frozen chat model, from a folder or the hub. A Refusal says why a model can't be used, in one line."""
-    name = str(toy_world()) if name == "toy" else name
-    device = torch.device(local_device() if device == "auto" else device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    load = lambda **where: (transformers.AutoTokenizer.from_pretrained(name, **where),
-                            transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **where))
-    tokenizer, model = fetch(f"model {name}", "a local folder", os.path.isdir(name), load)
-    if not tokenizer.chat_template:
-        raise Refusal(f"{name} has no chat template; choose an instruction-tuned model")
-    config = model.config.get_text_config()
-    stops = [getattr(c, "eos_token_id", None) for c in (tokenizer, config, model.generation_config)]
-    end_ids = {i for stop in stops for i in (stop if isinstance(stop, list) else [stop]) if i is not None}
-    if not end_ids:
-        raise Refusal(f"{name} names no end token, so no attempt would stop; set eos_token in tokenizer_config.json")
-    for module in model.modules():  # dropout would tell the student from the teacher by noise
-        for rate in {"p", "attention_dropout"} & vars(module).keys():
-            setattr(module, rate, 0.0)
-    window = getattr(config, "max_position_embeddings", 1 << 20)
-    chat = Chat(model.to(device).requires_grad_(False), tokenizer, sorted(end_ids), window)
-    check_head(chat, name)
-    return chat
-
-
-@torch.no_grad()
-def check_head(chat: Chat, name: str) -> None:
-    """Refuse a head that is not logits = h Wᵀ, as the fused loss assumes."""
-    head, config = chat.model.get_output_embeddings(), chat.model.config.get_text_config()
-    ids = torch.arange(4, device=chat.model.device)[None]
-    fused = type(head) is nn.Linear and head.bias is None and not getattr(config, "final_logit_softcapping", None)
-    if fused:  # a head may hide its arithmetic in the model's forward: ask it
-        plain = F.linear(chat.model.base_model(input_ids=ids).last_hidden_state, head.weight)
-        fused = torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=0.02 * plain.abs().max())
-    if not fused:
-        raise Refusal(f"{name} caps, scales or biases its logits, which the fused loss does not; choose another --model")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -512,10 +371,6 @@ class Rollout:
         return self.sample.ids[: self.scored_length]
 
 
-def student_prompt(chat: Chat, problem: Problem, cfg: Config) -> list[int]:
-    return chat.encode(FORMATS[cfg.prompts].student(problem.question))
-
-
 def attempt(chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, samples: int = 1,
             seed: int | None = None) -> list[Rollout]:
     """`samples` attempts at each (number, problem). The k-th draws from random numbers that follow from
@@ -523,7 +378,7 @@ def attempt(chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, sample
     seed, T = cfg.seed if seed is None else seed, cfg.max_new_tokens
     keys = [(number, problem, k) for number, problem in problems for k in range(samples)]
     draws = [np.random.default_rng((seed, number, k)).random(T, np.float32) for number, _, k in keys]
-    prompts = [student_prompt(chat, problem, cfg) for _, problem, _ in keys]
+    prompts = [chat.encode(FORMATS[cfg.prompts].student(problem.question)) for _, problem, _ in keys]
     drawn = generate(chat, prompts, T, uniforms=np.array(draws).reshape(-1, T), temperature=cfg.temperature,
                      batch=cfg.sample_batch)
     texts = [chat.decode(sample.ids) for sample in drawn]
@@ -533,11 +388,6 @@ def attempt(chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, sample
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Critic: a frozen language model, in this process or behind a URL.
-
-
-class Reply(NamedTuple):
-    text: str | None  # None: failed or cut off
-    tokens: int  # generated, as far as is known
 
 
 Critic = Callable[[list[list[dict]]], list[Reply]]  # conversations in, a reply to each out
@@ -562,60 +412,6 @@ class LocalCritic:
         return replies
 
 
-@dataclass
-class HTTPCritic:
-    """OpenAI-compatible chat completions: vLLM, SGLang, llama.cpp, transformers serve, a hosted API; one or a fleet."""
-
-    urls: list[str]
-    model: str
-    max_new_tokens: int
-    parallel: int
-    timeout: float
-    tries: int = 4
-    pause: float = 1.0  # seconds before the second try; doubles
-    rest: float = 30.0  # seconds for which a server that failed is passed over, while others stand
-    last_error: str = ""
-
-    def __post_init__(self):
-        self.turn, self.back = itertools.count(), dict.fromkeys(self.urls, 0.0)  # when each may be asked again
-
-    def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(progress(pool.map(self.ask, conversations), total=len(conversations), desc="critic"))
-
-    def ask(self, messages: list[dict]) -> Reply:
-        """429, 5xx, time-outs and broken replies are tried again, elsewhere if there is another server; any other
-        4xx is not. A reply can be anything, so any exception that reading it raises is a failure of that reply."""
-        for k in range(self.tries):
-            up = [url for url in self.urls if self.back[url] <= time.monotonic()]
-            time.sleep(k and not up[1:] and self.pause * 2 ** (k - 1))
-            url = (up or self.urls)[next(self.turn) % len(up or self.urls)]
-            try:
-                return self.post(url, messages)
-            except Exception as error:
-                code = getattr(error, "code", 500)
-                self.last_error = f"HTTP {code}" if hasattr(error, "code") else f"{type(error).__name__}: {error}"[:100]
-                if code != 429 and code < 500:
-                    break
-                self.back[url] = time.monotonic() + self.rest
-        return Reply(None, 0)
-
-    def post(self, url: str, messages: list[dict]) -> Reply:
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_new_tokens}
-        headers = {"Content-Type": "application/json"}
-        # read here and kept nowhere: no config, log or message holds it; http.client would quote one with a line end
-        if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            reply = json.loads(response.read())
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text = choice["message"]["content"]
-        if not isinstance(text, str | None):
-            raise TypeError("content is not text")
-        return Reply(None if choice.get("finish_reason") == "length" else text, int(usage.get("completion_tokens") or 0))
-
-
 def load_critic(cfg: Config, chat: Chat) -> Critic:
     length = cfg.critic_max_new_tokens or 2 * cfg.max_new_tokens
     if is_url(cfg.critic):
@@ -623,10 +419,6 @@ def load_critic(cfg: Config, chat: Chat) -> Critic:
         return HTTPCritic(urls, cfg.critic_model, length, cfg.critic_parallel, cfg.critic_timeout)
     frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg.dtype, cfg.device)
     return LocalCritic(frozen, cfg.critic_max_new_tokens or min(length, frozen.window // 2), cfg.sample_batch)
-
-
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
 
 
 def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[list[str | None], int]:
@@ -645,14 +437,10 @@ def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[
 # 5. Contexts: the three conditions. EDIT HERE (condition)
 
 
-def read_solution(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[list[str | None], int]:
-    return [rollout.problem.solution for rollout in rollouts], 0
-
-
 # Who writes c for the teacher. Sampler, packer, denominator, optimiser and evaluation are shared.
 CONDITIONS = {
     "critique": query_critic,  # the critic, who sees problem, attempt and worked solution: the attempt, mended
-    "reference": read_solution,  # the data set: its worked solution, in its author's words
+    "reference": lambda rollouts, *_: ([r.problem.solution for r in rollouts], 0),  # the data set: its worked solution, in its author's words
     "grpo": None,  # nobody: there is no teacher, and one binary reward blames or praises all tokens, eq (3)
 }
 
@@ -666,7 +454,7 @@ def group_advantages(rewards: list[float], group_size: int) -> list[float]:
 
 def write_contexts(rollouts: list[Rollout], critic: Critic, cfg: Config) -> int:
     """Give each rollout its context, or in grpo its advantage. Returns the tokens that the critic generated."""
-    if CONDITIONS[cfg.condition] is None:
+    if not cfg.teacher:
         for r, advantage in zip(rollouts, group_advantages([r.reward for r in rollouts], cfg.group_size)):
             r.advantage = advantage
         return 0
@@ -699,7 +487,7 @@ def teacher_prompt(chat: Chat, question: str, context: str, cfg: Config) -> list
 
 def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
     """The rollouts that will be scored, each with its teacher's prompt; in grpo there is none, and all are scored."""
-    if CONDITIONS[cfg.condition] is None:
+    if not cfg.teacher:
         return rollouts
     for r in rollouts:
         r.teacher_prompt = None if r.context is None else teacher_prompt(chat, r.problem.question, r.context, cfg)
@@ -869,10 +657,9 @@ def micro_loss(chat: Chat, rollouts: list[Rollout], total: int, cfg: Config) -> 
     ids = torch.tensor(sum(responses, []), **like)  # (N,)
     a = torch.tensor([r.advantage for r in rollouts for _ in r.scored], **like)  # (N,), eq (3)
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, D)
-    graded = CONDITIONS[cfg.condition] is None
-    h_teacher = None if graded else teacher_hidden(chat, rollouts, responses)
+    h_teacher = teacher_hidden(chat, rollouts, responses) if cfg.teacher else None
     return fused_loss(h_student, h_teacher, chat.head, torch.full((len(ids),), 1 / total, **like), ids=ids, advantage=a,
-                      kl="grpo" if graded else cfg.kl, temperature=cfg.temperature, chunk=cfg.kl_chunk)[0]
+                      kl=cfg.kl if cfg.teacher else "grpo", temperature=cfg.temperature, chunk=cfg.kl_chunk)[0]
 
 
 def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], cfg: Config) -> dict:
@@ -893,7 +680,7 @@ def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Roll
                + sum(p.grad.abs().sum().item() for p in weights)))  # fmt: skip
         raise FloatingPointError(f"row {next(bad, 'of another process')}: loss {loss}, gradient norm {norm}")
     optimizer.step()
-    return {"loss": loss, "kl": loss if CONDITIONS[cfg.condition] else 0.0, "grad_norm": norm}
+    return {"loss": loss, "kl": loss if cfg.teacher else 0.0, "grad_norm": norm}
 
 
 def backward(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], total: int, cfg: Config) -> float:
@@ -924,49 +711,20 @@ def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[T
 # 9. Log and checkpoint. What a step prints and shows is in eval.py.
 
 
-def measure(rollouts: list[Rollout], scored: list[Rollout], critic_tokens: int, cfg: Config) -> dict:
-    """What a step's rollouts show. The README's glossary says what alarm looks like."""
-    find, critique = FORMATS[cfg.prompts].steps, cfg.condition == "critique"
-    copied = [step in find(r.text) for r in scored if critique for step in find(r.context)]
-    groups = np.array([r.reward for r in rollouts]).reshape(-1, attempts_per_problem(cfg))
-    sums = {
-        "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
-        "tokens": sum(len(r.sample.ids) for r in rollouts), "entropy": sum(r.sample.entropy for r in rollouts),
-        "scored": len(scored), "scored_tokens": sum(len(r.scored) for r in scored), "critic_tokens": critic_tokens,
-        "steps": len(copied), "copied": sum(copied), "groups": len(groups), "flat": float((groups.std(1) == 0).sum()),
-    }  # fmt: skip
-    m = dict(zip(sums, summed(*sums.values())))  # of all processes
-    n = m["rollouts"]
-    return {
-        "accuracy": m["right"] / n, "length": m["tokens"] / n, "truncated": m["cut"] / n, "entropy": m["entropy"] / n,
-        "scored": m["scored"], "scored_tokens": m["scored_tokens"], "critic_failed": n - m["scored"] if critique else 0,
-        "copied": m["copied"] / max(1, m["steps"]),  # share of the critiques' steps that stand word for word in the attempt
-        "zero_variance": m["flat"] / m["groups"] if attempts_per_problem(cfg) > 1 else 0.0,
-        "solver_tokens": m["tokens"], "critic_tokens": m["critic_tokens"],
-    }  # fmt: skip
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: the CUDA allocator's peak, or the process's on CPU; 0 where the system does not tell (Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def load_checkpoint(path: Path) -> dict:
-    """{config, step, seen, best, stale, adapters, optimizer}: tensors and plain values, nothing that could run code."""
+    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it could run code,
+    and its config is checked as a command line is."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("config", "step", "seen", "best", "stale", "adapters", "optimizer")}
+        state = {name: state[name] for name in ("config", *Run.STATE, "adapters", "optimizer")}
+        state["config"] = Config(**state["config"])
     except FileNotFoundError:
         raise Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
     except Exception as error:
         reason = f"cut off, or of another version: {type(error).__name__}"
         raise Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
+    check(state["config"])
+    return state
 
 
 def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -981,11 +739,12 @@ def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
 class Run:
     """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/."""
 
+    STATE = ("step", "seen", "best", "stale")  # steps; position in the data; best validation score; evaluations since then
+
     def __init__(self, cfg: Config, chat: Chat):
         self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
         self.optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
-        self.step, self.seen = 0, 0  # `seen` problems: the position in the data
-        self.best, self.stale = -1.0, 0  # validation score, and evaluations since
+        self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
         if cfg.resume:
             self.restore()
             return
@@ -1001,7 +760,7 @@ class Run:
     @leader
     def save(self, name: str = "checkpoint.pt") -> None:
         """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
-        state = {"config": asdict(self.cfg)} | {n: getattr(self, n) for n in ("step", "seen", "best", "stale")}
+        state = {"config": asdict(self.cfg)} | {name: getattr(self, name) for name in self.STATE}
         state["adapters"] = {name: p.detach().cpu() for name, p in adapters(self.chat.model).items()}
         torch.save(state | {"optimizer": self.optimizer.state_dict()}, file := io.BytesIO())
         write_atomic(self.folder / name, file.getvalue())
@@ -1013,7 +772,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Refusal(f"{self.folder}/checkpoint.pt does not fit ({type(error).__name__}); train anew") from None
-        self.step, self.seen, self.best, self.stale = (state[n] for n in ("step", "seen", "best", "stale"))
+        self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
         # steps past the checkpoint will be written again; a kill may have cut a line
         lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
         kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= self.step]
@@ -1056,22 +815,11 @@ def write_atomic(path: Path, content: bytes) -> None:
 # 10. Main.
 
 
-def attempts_per_problem(cfg: Config) -> int:
-    return cfg.group_size if CONDITIONS[cfg.condition] is None else 1
-
-
 def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple[int, Problem]]:
     """The step's (position, problem): a shuffle an epoch, by the seed and the position in the data alone."""
-    chosen = []
-    for i in range(seen, seen + cfg.attempts_per_step // attempts_per_problem(cfg)):
-        epoch, k = divmod(i, len(problems))
-        chosen.append((i, problems[shuffle(len(problems), f"{cfg.seed} {epoch}")[k]]))
-    return chosen
-
-
-@functools.lru_cache(maxsize=2)
-def shuffle(n: int, seed: str) -> tuple[int, ...]:
-    return tuple(random.Random(seed).sample(range(n), n))
+    n, positions = len(problems), range(seen, seen + cfg.attempts_per_step // cfg.attempts_per_problem)
+    order = {epoch: random.Random(f"{cfg.seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in positions}}
+    return [(i, problems[order[i // n][i % n]]) for i in positions]
 
 
 @contextlib.contextmanager
@@ -1082,31 +830,30 @@ def clock(cost: dict[str, float], name: str) -> Iterator[None]:
 
 
 def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, list[Rollout]]:
-    """The algorithm, once: problems → rollouts → contexts → pack → update. Returns the step's log entry."""
+    """The algorithm, once: problems → rollouts → contexts → pack → update."""
     cfg, chat, cost = run.cfg, run.chat, {}
     chosen = next_problems(problems, run.seen, cfg)
     with clock(cost, "sample_s"):
-        rollouts = attempt(chat, share(chosen), cfg, attempts_per_problem(cfg))
+        rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
     with clock(cost, "critic_s"):
         critic_tokens = write_contexts(rollouts, critic, cfg)
     with clock(cost, "train_s"):
         scored = pack(chat, rollouts, cfg)
         update = train_step(chat, run.optimizer, scored, cfg)
     run.step, run.seen = run.step + 1, run.seen + len(chosen)
-    cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
-    return {"step": run.step, **update, **measure(rollouts, scored, critic_tokens, cfg), "cost": cost}, rollouts
+    return {"step": run.step, **update, "critic_tokens": critic_tokens, "cost": cost}, rollouts
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[list[bool]]:
+def deferred_interrupt() -> Iterator[list[float]]:
     """Inside, the first Ctrl-C only fills the list, so that the step in flight is finished and saved."""
-    pressed: list[bool] = []
+    pressed: list[float] = []  # when; torchrun passes the terminal's Ctrl-C on, so that one press may come twice
 
     def handler(*_):
-        if pressed:  # not an exception: a thread pool would first wait for its requests
+        if pressed and time.monotonic() > pressed[0] + 1:  # not an exception: a thread pool would wait for its requests
             print(f"sd.py: {STOPPED}", file=sys.stderr)
             os._exit(130)
-        pressed.append(True)
+        pressed.append(time.monotonic())
         print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, handler)
@@ -1135,9 +882,10 @@ def train(cfg: Config) -> None:
     with deferred_interrupt() as interrupted:
         while run.step < cfg.steps and failed_steps < 3 and not stop and not 0 < cfg.patience <= run.stale:
             try:
-                metrics, rollouts = take_step(run, problems.train, critic)
+                update, rollouts = take_step(run, problems.train, critic)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {run.step + 1}, {error}") from None
+            metrics = report.measure(chat, update, rollouts, cfg)
             run.log(metrics)
             report.step(chat, metrics, rollouts, critic, cfg)
             failed_steps = 0 if metrics["scored"] else failed_steps + 1
@@ -1190,19 +938,10 @@ RESUMABLE = set("resume out preset steps save_every show_every final_problems ex
                 "critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk gradient_checkpointing patience".split())
 
 
-def saved_config(state: dict, path: Path, **changes) -> Config:
-    """The config of a checkpoint read from path, which may be anybody's: checked as a command line is."""
-    try:
-        return check(Config(**{**state["config"], **changes}))
-    except TypeError:
-        raise Refusal(f"{path} was written by another version of sd.py; train the run anew") from None
-
-
 def resume_config(given: dict) -> tuple[Config, str]:
     """The saved config with the given flags on top."""
     out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
-    path = Path(out) / "checkpoint.pt"
-    saved = saved_config(load_checkpoint(path), path, out=out)
+    saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
     for name in given.keys() - RESUMABLE:
         if getattr(saved, name) != given[name]:
             raise Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
@@ -1220,7 +959,7 @@ def check(cfg: Config) -> Config:
             refuse(f"{flag}: {value!r} is no {f.type.__name__} that it takes")
         if low is not None and not low <= value < math.inf:
             refuse(f"{flag}: {value} is out of range; the least is {low}")
-    if cfg.attempts_per_step % attempts_per_problem(cfg):
+    if cfg.attempts_per_step % cfg.attempts_per_problem:
         refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}")
     if (cfg.eval_every or cfg.patience) and not (cfg.validation_problems and cfg.eval_every):
         refuse("argument --eval-every: --patience needs it, and it needs --validation-problems of at least 1")

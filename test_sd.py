@@ -1,5 +1,6 @@
 """Each test's docstring names the bug that would make it fail; numbers in brackets are the traps that others fell into."""
 import contextlib
+import errno
 import importlib.util
 import itertools
 import json
@@ -72,7 +73,7 @@ def config(**changes) -> sd.Config:
 def rollouts_of(chat, cfg, n=6, seed=0) -> list[sd.Rollout]:
     """n rollouts with contexts and advantages, packed for cfg's condition."""
     language = critic_prompts.ToyLanguage(seed)
-    problems = [sd.read_row(language.row(language.problem())) for _ in range(n)]
+    problems = [critic_prompts.read_row(language.row(language.problem())) for _ in range(n)]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, seed=seed)
     for i, r in enumerate(rollouts):
         r.context, r.advantage = r.problem.solution, (-1.0) ** i * (i + 1)
@@ -88,6 +89,10 @@ def adapt(chat, cfg, noise=0.0):
         if isinstance(layer, sd.LoRALinear) and noise:
             torch.nn.init.normal_(layer.B, std=noise)
     return chat
+
+
+def measured(chat, rollouts, cfg) -> dict:
+    return evaluation.measure(chat, {"critic_tokens": 0, "cost": {}}, rollouts, cfg)
 
 
 def gradients(chat, rollouts, cfg) -> dict[str, torch.Tensor]:
@@ -361,7 +366,7 @@ def test_a_step_without_signal_changes_nothing(chat):
     assert_same({k: v.detach() for k, v in sd.adapters(chat.model).items()}, before, atol=0, rtol=0)
     for r in rollouts:
         r.reward = 1.0
-    assert sd.measure(rollouts, rollouts, 0, cfg)["zero_variance"] == 1.0
+    assert measured(chat, rollouts, cfg)["zero_variance"] == 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(chat):
@@ -539,7 +544,7 @@ def test_a_failed_critique_is_left_out_and_counted(chat):
     tokens = sd.write_contexts(rollouts, critic, cfg)
     scored = sd.pack(chat, rollouts, cfg)
     assert [r.context for r in rollouts] == [good] + [None] * 6 + [good] and tokens == 40
-    assert len(scored) == 2 and sd.measure(rollouts, scored, tokens, cfg)["critic_failed"] == 6
+    assert len(scored) == 2 and measured(chat, rollouts, cfg)["critic_failed"] == 6
 
 
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
@@ -820,7 +825,7 @@ def test_every_epoch_visits_every_problem_once():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    return sd.toy_world(steps=200, root=tmp_path_factory.mktemp("toy"))
+    return critic_prompts.toy_world(steps=200, root=tmp_path_factory.mktemp("toy"))
 
 
 def test_toy_examples_are_right():
@@ -855,7 +860,7 @@ def test_the_toy_critic_is_a_model_that_mends_what_it_reads(toy):
     right = np.mean([c is not None and sd.is_correct(c, r.problem.answer) for r, c in zip(rollouts, critiques)])
     solved = np.mean([r.reward for r in rollouts])
     assert solved < 0.55 and right > solved + 0.3
-    assert sd.toy_world(steps=200, root=toy.parent) == toy  # found again, not built again
+    assert critic_prompts.toy_world(steps=200, root=toy.parent) == toy  # found again, not built again
 
 
 # ---- command line, log, resume
@@ -964,8 +969,8 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
 ])  # fmt: skip
 def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch, toy):
     """Fails if a mistake ends in a traceback, a usage text, or a run with another value than asked for."""
-    monkeypatch.setattr(sd, "toy_world", lambda: toy)
-    monkeypatch.setattr(sd, "hub_answers", lambda: False)
+    monkeypatch.setattr(critic_prompts, "toy_world", lambda: toy)
+    monkeypatch.setattr(critic_prompts, "hub_answers", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert sd.main(["--condition", "critique", *flags]) == 2
     error = capfd.readouterr().err
@@ -1011,6 +1016,22 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
         a, b = (sd.load_checkpoint(run / "run/checkpoint.pt") for run in (one, two))
         assert_same(a["adapters"], b["adapters"], atol=1e-4, rtol=1e-4)
     assert run_in(two, folder, "--condition", "reference", "--resume", "--steps", "4") == 0  # with one process
+
+
+def test_ctrl_c_under_torchrun_saves_the_same_step_everywhere(tmp_path, folder):
+    """torchrun passes the terminal's Ctrl-C on, so that a process may get it twice at once. Fails if the step in flight is
+    lost, if one process stops without the other, or if the run can't go on."""
+    (tmp_path / "run.py").write_text(RUN_IN)
+    flags = ["--condition", "grpo", "--show-every", "0", "--save-every", "0", "--final-problems", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(tmp_path), str(folder)]
+    with subprocess.Popen([*torchrun, *flags, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        next(line for line in job.stdout if "step    2/" in line)
+        os.killpg(job.pid, signal.SIGINT)
+        out, err = job.communicate(timeout=120)
+    steps = log_of(tmp_path / "run")[-1]["step"]
+    assert job.returncode != 0 and "finishing this step" in err
+    assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == steps >= 2
+    assert run_in(tmp_path, folder, *flags, "--resume", "--steps", str(steps + 1)) == 0
 
 
 def test_a_dead_critic_server_is_passed_over_and_loses_nothing(server):
@@ -1090,25 +1111,35 @@ def test_nan_logits_stop_the_sampler(chat):
             sd.generate(chat, [[1, 5, 2]] * 2, 4, uniforms=noise)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, folder, monkeypatch, capfd):
-    """Half of the file is written, then the disk is full. Fails if the old checkpoint is touched, or a traceback shows."""
+@pytest.mark.parametrize("number, written", [(errno.ENOSPC, 0.5), (errno.EROFS, 0.0)])
+def test_a_full_or_read_only_disk_leaves_the_last_checkpoint(tmp_path, folder, monkeypatch, capfd, number, written):
+    """Half of the file is written, then the disk is full; or it turned read-only. Fails if the old checkpoint is touched, or
+    a traceback shows."""
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2") == 0
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
 
-    def full(path, content):
-        with open(path, "wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
+    def failing(path, content):
+        if written:
+            with open(path, "wb") as file:
+                file.write(content[: int(len(content) * written)])
+        raise OSError(number, os.strerror(number), str(path))
 
+    capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        capfd.readouterr()
-        (tmp_path / "run/log.jsonl").touch()
+        patch.setattr(Path, "write_bytes", failing)
         assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "3", "--resume") == 1
     error = capfd.readouterr().err
-    assert "No space left" in error and error.count("\n") == 1
+    assert os.strerror(number) in error and error.count("\n") == 1
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "3", "--resume") == 0
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that even root cannot write to")
+def test_a_read_only_folder_is_one_line(folder, capfd):
+    """Fails if a run that can't be kept ends in a traceback, or starts to train."""
+    assert run_in(Path("/proc"), folder, "--condition", "grpo", "--steps", "1") == 1
+    out = capfd.readouterr()
+    assert "/proc/run" in out.err and out.err.count("\n") == 1 and "step" not in out.out
 
 
 @pytest.mark.parametrize("change", [
@@ -1189,7 +1220,7 @@ def test_the_readmes_step_by_hand_runs(toy, monkeypatch, capsys):
     """Fails if the block on the README's page no longer fits the code."""
     block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)[1]
     assert block.count("\n") <= 26
-    monkeypatch.setattr(sd, "toy_world", lambda: toy)
+    monkeypatch.setattr(critic_prompts, "toy_world", lambda: toy)
     exec(block, {})
     printed = capsys.readouterr().out
     losses = [float(value) for value in re.findall(r"'loss': ([\d.e-]+)", printed)]
@@ -1296,7 +1327,7 @@ def test_the_page_shows_what_a_model_wrote_as_text():
 def test_tokens_runs_on_a_trained_toy(toy, tmp_path, monkeypatch, capsys):
     """The whole study, on a base of 200 steps. Fails if a context's advantage is that of another, or critique and
     reference do not differ where the paper says they do."""
-    monkeypatch.setattr(sd, "toy_world", lambda: toy)
+    monkeypatch.setattr(critic_prompts, "toy_world", lambda: toy)
     monkeypatch.chdir(tmp_path)
     assert sd.main(["--preset", "toy", "--steps", "0", "--final-problems", "0"]) == 0
     assert evaluation.main(["--tokens", "runs/critique", "--problems", "20"]) == 0
@@ -1509,7 +1540,7 @@ def benchmark(real: str | None) -> None:
             for what, larger in GROWTH.items():
                 more = rounds({"fused": loss_job("fused", shape), "larger": loss_job("fused", larger)})
                 row(f"fused, {what}", f"× {ratio(more, 'larger', 'fused'):.2f}", f"× {peak('loss', 'fused', larger) / memory['fused']:.2f}")
-    toy = sd.toy_world()
+    toy = critic_prompts.toy_world()
     chat = sd.load_model(str(toy))
     fmt, language = critic_prompts.FORMATS["toy"], critic_prompts.ToyLanguage(1)
     prompts = [chat.encode(fmt.student(language.problem())) for _ in range(128)]
