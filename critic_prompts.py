@@ -124,7 +124,7 @@ def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], d
     """({normalised text: (problem, its row)}, rows dropped by reason), from sd.py's config. A Refusal names file, line, field."""
     found, dropped, room = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}, chat.window - cfg.max_new_tokens
     if room <= 0:
-        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the model's window of {chat.window}")
+        raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the window of {chat.window}")
     for where, row in read_rows(find_data(cfg.data)):
         if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
             dropped["without a solution"] += 1
@@ -132,8 +132,8 @@ def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], d
         try:
             problem = read_row(row)
             size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
-            fits = size <= room // 2 or size <= 64 * room and len(chat.encode(FORMATS[cfg.prompts].student(problem.question))) <= room
-            if not fits:
+            prompt = FORMATS[cfg.prompts].student(problem.question)
+            if size > 64 * room or size > room // 2 and len(chat.encode(prompt)) > room:
                 raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens "
                                  f"{cfg.max_new_tokens}")  # fmt: skip
         except ValueError as error:
@@ -639,11 +639,8 @@ class ToyLanguage:
         the reply, read but not learnt."""
         right, style = self.values(problem), self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
         if job == "solve":
-            return (
-                toy_student(problem),
-                "",
-                self.trace(problem, self.values(problem, misread=True), self.style("solver")),
-            )
+            reply = self.trace(problem, self.values(problem, misread=True), self.style("solver"))
+            return toy_student(problem), "", reply
         if job == "follow":
             shown, own = self.style(self.rng.choice(["solver", "author"])), self.style("solver")
             context = self.critique(problem, self.values(problem, misread=style != "copy"), shown, style)

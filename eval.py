@@ -93,10 +93,8 @@ def cell(values: np.ndarray, scale: float) -> str:
 
 def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
     """Markdown: a row for the base and each run, then the paired differences."""
-    names = [
-        f"{name}@{samples}" if name in ("Avg", "Pass", "Maj") else name + (", %" if METRICS[name] > 1 else "")
-        for name in METRICS
-    ]
+    unit = lambda name: f"@{samples}" if name in ("Avg", "Pass", "Maj") else ", %" if METRICS[name] > 1 else ""
+    names = [name + unit(name) for name in METRICS]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for run, values in results.items():
         lines.append(f"| {run} | " + " | ".join(cell(values[m], scale) for m, scale in METRICS.items()) + " |")
@@ -121,20 +119,15 @@ def trained(cfg: sd.Config, weights: dict) -> texts.Chat:
     return chat
 
 
+ALIKE = ("model", "data", "prompts", "test_problems", "validation_problems", "temperature", "max_new_tokens")  # in a table
+
+
 def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, samples: int | None, out: Path) -> str:
     """The table of the base and the runs; all generations go to out/eval.jsonl, the table to out/eval.md."""
     runs = {folder: load_run(folder, checkpoint) for folder in folders}
     base = runs[folders[0]][0]
     for folder, (cfg, _) in runs.items():
-        for name in (
-            "model",
-            "data",
-            "prompts",
-            "test_problems",
-            "validation_problems",
-            "temperature",
-            "max_new_tokens",
-        ):
+        for name in ALIKE:
             if getattr(cfg, name) != getattr(base, name):
                 raise texts.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
     base = replace(base, eval_samples=samples or base.eval_samples)
@@ -149,10 +142,10 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
         for name, rows in attempts.items():
             for problem, own in zip(problems, rows):
                 for a in own:
-                    file.write(
-                        json.dumps({"run": name, "problem": problem.question, "wanted": problem.answer, **a}) + "\n"
-                    )
-    text = f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {SEED}; 95 % bootstrap intervals over problems\n\n"
+                    line = {"run": name, "problem": problem.question, "wanted": problem.answer, **a}
+                    file.write(json.dumps(line) + "\n")
+    text = (f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {SEED}; "
+            "95 % bootstrap intervals over problems\n\n")  # fmt: skip
     short = {name: Path(name).name for name in attempts}
     short = short if len(set(short.values())) == len(short) else {name: name for name in attempts}
     text += table({short[name]: scores(rows) for name, rows in attempts.items()}, base.eval_samples) + "\n"
@@ -229,9 +222,8 @@ def alternatives(chat: texts.Chat, rollout: sd.Rollout, context: str, cfg: sd.Co
 
 def localise(rollouts, samples: int, found: list, places: list) -> dict:
     """Where one context's advantage falls. Sums are kept per problem, `samples` attempts each."""
-    parts = {
-        name: np.zeros(len(rollouts)) for name in ("before", "at", "after", "abs", "low", "tokens", "least", "right")
-    }
+    names = ("before", "at", "after", "abs", "low", "tokens", "least", "right")
+    parts = {name: np.zeros(len(rollouts)) for name in names}
     for i, (r, a, place) in enumerate(zip(rollouts, found, places)):
         if a is None:
             continue
@@ -299,16 +291,12 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
     (out / "tokens.md").write_text(text, "utf-8")
     (out / "tokens.json").write_text(json.dumps({"numbers": numbers, "examples": examples}, indent=1), "utf-8")
     (out / "tokens.html").write_text(page(examples, text), "utf-8")
-    return (
-        "\n".join(map(terminal, examples)) + f"\n{text}\nwrote tokens.html, tokens.md and tokens.json into {folder}"
-    )
+    return "\n".join([*map(terminal, examples), text, f"wrote tokens.html, tokens.md and tokens.json into {folder}"])
 
 
 def numbers_table(numbers: dict) -> str:
-    lines = [
-        "| context | " + " | ".join(next(iter(numbers.values()))) + " |",
-        "|---" * (1 + len(next(iter(numbers.values())))) + "|",
-    ]
+    head = ["context", *next(iter(numbers.values()))]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in numbers.items():
         cells = []
         for measure, v in row.items():
@@ -325,11 +313,8 @@ def example(chat: texts.Chat, r: sd.Rollout, scored: dict, grpo: float, place, c
     rows = {}
     for name, (a, context) in scored.items():
         rows[name] = {"advantage": a.tolist(), "context": context, "teacher": alternatives(chat, r, context, cfg)}
-    rows["grpo"] = {
-        "advantage": [grpo] * len(r.sample.ids),
-        "context": "a reward for the whole attempt, eq (3)",
-        "teacher": [],
-    }
+    same, reward = [grpo] * len(r.sample.ids), "a reward for the whole attempt, eq (3)"
+    rows["grpo"] = {"advantage": same, "context": reward, "teacher": []}
     tokens = [chat.tokenizer.decode([i]) for i in r.sample.ids]
     return {"problem": r.problem.question, "answer": r.problem.answer, "right": bool(r.reward), "tokens": tokens,
             "edit": place[2] if place else None, "rows": rows}  # fmt: skip
@@ -347,9 +332,8 @@ def shade(a: float) -> tuple[int, int, int]:
 
 def terminal(e: dict) -> str:
     """The strips for a terminal: colours where it has them, else the value of each token that moves."""
-    lines = [
-        f"{'right' if e['right'] else 'wrong'} attempt at {e['problem']!r}, answer {e['answer']!r}; {LEGEND}; ▼ first edit"
-    ]
+    outcome = "right" if e["right"] else "wrong"
+    lines = [f"{outcome} attempt at {e['problem']!r}, answer {e['answer']!r}; {LEGEND}; ▼ first edit"]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for name, row in e["rows"].items():
         cells = []
@@ -379,9 +363,8 @@ def page(examples: list[dict], numbers: str) -> str:
                 style = "background:rgb({},{},{})".format(*shade(a))
                 text = html.escape(token).replace("\n", "⏎<br>") or "∅"
                 cells.append(f'<span class="{kind}" style="{style}" title="{html.escape(hover)}">{text}</span>')
-            parts.append(
-                f'<tr><th title="{html.escape(row["context"])}">{html.escape(name)}</th><td>{"".join(cells)}</td></tr>'
-            )
+            head = f'<th title="{html.escape(row["context"])}">{html.escape(name)}</th>'
+            parts.append(f"<tr>{head}<td>{''.join(cells)}</td></tr>")
         parts.append("</table>")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Per-token advantage</title>
 <style>
@@ -407,14 +390,9 @@ ARMS = {
     "critique": ["--condition", "critique"],
     "critique, first edit": ["--condition", "critique", "--stop-at-first-edit"],
     "critique, teacher‖student": ["--condition", "critique", "--kl", "teacher||student"],
-    "critique, teacher‖student, first edit": [
-        "--condition",
-        "critique",
-        "--kl",
-        "teacher||student",
-        "--stop-at-first-edit",
-    ],
-}
+    "critique, teacher‖student, first edit":
+        ["--condition", "critique", "--kl", "teacher||student", "--stop-at-first-edit"],
+}  # fmt: skip
 SWEEP = (0.5, 1.0, 2.0)  # times the preset's learning rate
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}  # Student's t, by number of seeds
 
@@ -495,11 +473,8 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
                 bar.update()
             rates[arm] = max(swept, key=swept.get)
             edge[arm] = rates[arm] in (min(swept), max(swept))
-            print(
-                f"{arm}: validation Avg by learning rate "
-                + ", ".join(f"{lr:g} → {100 * v:.1f}" for lr, v in swept.items()),
-                flush=True,
-            )
+            by_rate = ", ".join(f"{lr:g} → {100 * v:.1f}" for lr, v in swept.items())
+            print(f"{arm}: validation Avg by learning rate {by_rate}", flush=True)
             runs[arm] = [train_once(root, arm, rates[arm], seed, flags) for seed in range(seeds)]
             bar.update(seeds - 1)
     cfg, _ = load_run(str(runs["critique"][0]), "checkpoint.pt")
@@ -509,9 +484,8 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
     text = results_text(cfg, base, runs, rates, len(problems), seeds)
     (root / "table.md").write_text(text, "utf-8")
-    (root / "table.json").write_text(
-        json.dumps({"rates": rates, "base": base, "runs": {arm: list(map(str, r)) for arm, r in runs.items()}})
-    )
+    kept = {"rates": rates, "base": base, "runs": {arm: list(map(str, folders)) for arm, folders in runs.items()}}
+    (root / "table.json").write_text(json.dumps(kept))
     return text
 
 
@@ -522,21 +496,17 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
              f"95 % t interval over seeds; * a rate at the edge of the sweep", ""]  # fmt: skip
     for checkpoint, title in (("checkpoint.pt", "final"), ("best.pt", "best on validation")):
         lines += [f"| {title} | lr | Avg@{k} | Pass@{k} | Maj@{k} | length |", "|---" * 6 + "|"]
-        lines.append(
-            "| base | - | " + " | ".join(f"{(1 if n == 'length' else 100) * base[n]:.1f}" for n in names) + " |"
-        )
+        cells = [f"{METRICS[n] * base[n]:.1f}" for n in names]
+        lines.append(f"| base | - | {' | '.join(cells)} |")
         for arm, folders in runs.items():
             results = [test_scores(folder, checkpoint) for folder in folders]
-            cells = [over_seeds([r[n] for r in results], 1 if n == "length" else 100) for n in names]
-            lines.append(f"| {arm} | {rates[arm]} | " + " | ".join(cells) + " |")
+            cells = [over_seeds([r[n] for r in results], METRICS[n]) for n in names]
+            lines.append(f"| {arm} | {rates[arm]} | {' | '.join(cells)} |")
         lines.append("")
     lines += [f"| paired by seed, final | Avg@{k} |", "|---|---|"]
     for a, b in (("critique", "reference"), ("critique", "grpo"), ("reference", "grpo")):
-        pairs = [
-            test_scores(x, "checkpoint.pt")["Avg"] - test_scores(y, "checkpoint.pt")["Avg"]
-            for x, y in zip(runs[a], runs[b])
-        ]
-        lines.append(f"| {a} − {b} | {over_seeds(pairs, 100)} |")
+        one, other = ([test_scores(folder, "checkpoint.pt")["Avg"] for folder in runs[arm]] for arm in (a, b))
+        lines.append(f"| {a} − {b} | {over_seeds(np.subtract(one, other), 100)} |")
     curves = {arm: [curve(folder) for folder in folders] for arm, folders in runs.items()}
     spent = lambda point: point["solver_tokens"] + point["critic_tokens"]
     steps = [point["step"] for point in curves["critique"][0]]
@@ -549,11 +519,8 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
         last = cs[0][-1]
         at = [over_seeds([next(point["avg"] for point in c if point["step"] == early) for c in cs], 100)]
         at += [over_seeds([reached(c, tokens) for c in cs], 100) for tokens in (budget / 2, budget)]
-        lines.append(
-            f"| {arm} | {last['rollouts']:,} | {last['solver_tokens']:,} | {last['critic_tokens']:,} | "
-            + " | ".join(at)
-            + " |"
-        )
+        cells = [f"{last[name]:,}" for name in ("rollouts", "solver_tokens", "critic_tokens")] + at
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -582,12 +549,8 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     for axis, label in zip(axes, ("step", "sampled tokens (solver + critic)")):
         for arm, colour in COLOURS.items():
             curves = [curve(Path(folder)) for folder in runs[arm]]
-            x = np.array(
-                [
-                    [p["step"] if label == "step" else p["solver_tokens"] + p["critic_tokens"] for p in c]
-                    for c in curves
-                ]
-            ).mean(0)
+            spent = lambda p: p["step"] if label == "step" else p["solver_tokens"] + p["critic_tokens"]
+            x = np.array([[spent(p) for p in c] for c in curves]).mean(0)
             y = 100 * np.array([[p["avg"] for p in c] for c in curves])
             half = half_width(y)
             axis.plot(x, y.mean(0), color=colour, label=arm, marker="o", markersize=3)
@@ -598,9 +561,8 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     axes[0].legend(frameon=False)
     figure.savefig(out / "curves.svg", metadata={"Date": None})
     examples = json.loads((tokens / "tokens.json").read_text())["examples"]
-    figure, axes = plt.subplots(
-        len(examples), 1, figsize=(9, 1.75 * len(examples)), layout="constrained", squeeze=False
-    )
+    size = dict(figsize=(9, 1.75 * len(examples)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(examples), 1, **size)
     for axis, e in zip(axes[:, 0], examples):
         shown = slice(0, 60)
         rows = np.array([row["advantage"][shown] for row in e["rows"].values()])
@@ -755,9 +717,7 @@ def closing(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config) -> 
         before = scores(evaluate(chat, problems, cfg))
     after = scores(evaluate(chat, problems, cfg))
     k = cfg.eval_samples
-    lines = [
-        f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"
-    ]
+    lines = [f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"]
     for name, scale in METRICS.items():
         label = f"{name}@{k}" if name in ("Avg", "Pass", "Maj") else name
         lines.append(
@@ -779,24 +739,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = sd.refuse
     parser.add_argument("runs", nargs="*", help="run folders written by sd.py, to be compared")
     parser.add_argument("--tokens", metavar="RUN", help="per-token advantage on the problems that RUN held out")
-    parser.add_argument(
-        "--reproduce", action="store_true", help="train and evaluate every arm; goes on where it stopped"
-    )
+    parser.add_argument("--reproduce", action="store_true", help="train and evaluate every arm; goes on where it stopped")
     parser.add_argument("--plot", action="store_true", help="draw assets/curves.svg and assets/advantage.svg")
     parser.add_argument("--filter", metavar="POOL", help="a problem file, as sd.py's --data")
-    parser.add_argument(
-        "--checkpoint", default="checkpoint.pt", help="in each run folder: checkpoint.pt (last) or best.pt"
-    )
+    parser.add_argument("--checkpoint", default="checkpoint.pt", help="in each run folder: checkpoint.pt (last) or best.pt")
     parser.add_argument("--critic", metavar="URL", help="--tokens: the address of RUN's http critic, once more")
     parser.add_argument("--samples", type=int, help="attempts a problem, k [12; --tokens 4; --filter 16]")
     parser.add_argument("--problems", type=int, help="use the first so many test problems [all; --tokens 50]")
     parser.add_argument("--seeds", type=int, default=5, help="--reproduce: seeds of each arm [5]")
-    parser.add_argument(
-        "--below", type=float, default=0.3125, help="--filter: keep if solved less often [5/16, the paper's]"
-    )
-    parser.add_argument(
-        "--out", help="output folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]"
-    )
+    parser.add_argument("--below", type=float, default=0.3125, help="--filter: keep if solved less often [5/16, the paper's]")
+    parser.add_argument("--out", help="output folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

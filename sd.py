@@ -56,7 +56,6 @@ from critic_prompts import (FORMATS, STYLES, Chat, HTTPCritic, Problem, Refusal,
                             is_url, load_model, printable, progress, read_problems, spell, strip_thinking)  # fmt: skip
 
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 0. Config: every knob, once. The command line is generated from it.
 
@@ -85,7 +84,7 @@ class Config:
     critic_max_new_tokens: int = knob(0, "cap of a critique, tokens; 0: twice an attempt's (untuned)", low=0)
     critic_parallel: int = knob(16, "http requests at once (untuned)", low=1)
     critic_timeout: float = knob(600.0, "seconds for one http reply (untuned)", low=0.01)
-    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: [k for k in LOSSES if k != "grpo"])
+    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: [*LOSSES][:3])
     stop_at_first_edit: bool = knob(False, "critique only: score no token past the first mended one (ours)")
     teacher_thinking: bool = knob(False, "teacher's template thinks, student's does not (paper: yes)")
     max_prompt_tokens: int = knob(0, "cap of the teacher's prompt, tokens; 0: the model's window", low=0)
@@ -102,7 +101,7 @@ class Config:
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
     gradient_checkpointing: bool = knob(True, "recompute activations in backward; memory, not results")
-    dtype: str = knob("auto", "of frozen weights; auto: bfloat16 on CUDA", lambda: ("auto", "bfloat16", "float16", "float32"))
+    dtype: str = knob("auto", "of frozen weights; auto: bfloat16 on CUDA", lambda: ("auto", *DTYPES))
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
     eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
     patience: int = knob(0, "evaluations in a row without a new best that end the run; 0: off", low=0)
@@ -124,6 +123,7 @@ class Config:
         return 1 if self.teacher else self.group_size
 
 
+DTYPES = ("bfloat16", "float16", "float32")
 PRESETS = {
     "toy": dict(
         model="toy", data="toy", prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16,
@@ -316,7 +316,7 @@ def generate_batch(chat: Chat, prompts: list[list[int]], uniforms: Tensor | None
     ids = torch.tensor([chat.end_ids[:1] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, width)
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # a padded row's first real token stands at position 0
-    mask = mask if min(map(len, prompts)) < width else None  # a mask that hides nothing costs the model a fifth of its time
+    mask = mask if min(map(len, prompts)) < width else None  # one that hides nothing costs the model a fifth of its time
     ends, rows = torch.tensor(chat.end_ids, device=device), torch.arange(B, device=device)
     drawn = torch.full((B, max_new_tokens), -1, device=device)
     entropy = torch.zeros(B, device=device)
@@ -389,7 +389,6 @@ def attempt(chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, sample
 # ------------------------------------------------------------------------------------------------------------
 # 4. Critic: a frozen language model, in this process or behind a URL.
 
-
 Critic = Callable[[list[list[dict]]], list[Reply]]  # conversations in, a reply to each out
 
 
@@ -436,12 +435,14 @@ def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[
 # ------------------------------------------------------------------------------------------------------------
 # 5. Contexts: the three conditions. EDIT HERE (condition)
 
-
 # Who writes c for the teacher. Sampler, packer, denominator, optimiser and evaluation are shared.
 CONDITIONS = {
-    "critique": query_critic,  # the critic, who sees problem, attempt and worked solution: the attempt, mended
-    "reference": lambda rollouts, *_: ([r.problem.solution for r in rollouts], 0),  # the data set: its worked solution, in its author's words
-    "grpo": None,  # nobody: there is no teacher, and one binary reward blames or praises all tokens, eq (3)
+    # the critic, who sees problem, attempt and worked solution: the attempt, mended
+    "critique": query_critic,
+    # the data set: its worked solution, in its author's words
+    "reference": lambda rollouts, critic, cfg: ([r.problem.solution for r in rollouts], 0),
+    # nobody: there is no teacher, and one binary reward blames or praises all tokens, eq (3)
+    "grpo": None,
 }
 
 
@@ -486,7 +487,7 @@ def teacher_prompt(chat: Chat, question: str, context: str, cfg: Config) -> list
 
 
 def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
-    """The rollouts that will be scored, each with its teacher's prompt; in grpo there is none, and all are scored."""
+    """The rollouts to be scored, each with its teacher's prompt; in grpo there is none, and all are scored."""
     if not cfg.teacher:
         return rollouts
     for r in rollouts:
@@ -606,7 +607,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_student, h_teacher, lm_head, row_weight, ids, advantage, loss, temperature, chunk):
         N, V, wide = len(h_student), len(lm_head), torch.promote_types(h_student.dtype, torch.float32)
-        mixed = h_student.dtype != wide  # else the logits become log-softmaxes, and those the gradient, where they stand
+        mixed = h_student.dtype != wide  # if not, logits turn into log-softmaxes and those into gradients in place
         z = h_student.new_empty(min(chunk, N), V)  # the buffers of one chunk: nothing of size (N, V) exists
         log_p = torch.empty_like(z, dtype=wide) if mixed else z
         log_q = None if h_teacher is None else torch.empty_like(log_p)
@@ -739,7 +740,8 @@ def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
 class Run:
     """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/."""
 
-    STATE = ("step", "seen", "best", "stale")  # steps; position in the data; best validation score; evaluations since then
+    # steps taken, position in the data, best validation score, evaluations since then
+    STATE = ("step", "seen", "best", "stale")
 
     def __init__(self, cfg: Config, chat: Chat):
         self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
@@ -850,11 +852,12 @@ def deferred_interrupt() -> Iterator[list[float]]:
     pressed: list[float] = []  # when; torchrun passes the terminal's Ctrl-C on, so that one press may come twice
 
     def handler(*_):
-        if pressed and time.monotonic() > pressed[0] + 1:  # not an exception: a thread pool would wait for its requests
+        if not pressed:
+            pressed.append(time.monotonic())
+            print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+        elif time.monotonic() > pressed[0] + 1:  # no exception: a thread pool would first wait for its requests
             print(f"sd.py: {STOPPED}", file=sys.stderr)
             os._exit(130)
-        pressed.append(time.monotonic())
-        print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, handler)
     try:
@@ -934,8 +937,9 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
 
 
 # what may change when a run goes on: nothing that shapes its numbers, but for the critic, which may need mending
-RESUMABLE = set("resume out preset steps save_every show_every final_problems export device critic critic_model critic_parallel "
-                "critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk gradient_checkpointing patience".split())
+RESUMABLE = set("resume out preset steps save_every show_every final_problems export device patience critic critic_model "
+                "critic_parallel critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk "
+                "gradient_checkpointing".split())  # fmt: skip
 
 
 def resume_config(given: dict) -> tuple[Config, str]:
@@ -960,7 +964,7 @@ def check(cfg: Config) -> Config:
         if low is not None and not low <= value < math.inf:
             refuse(f"{flag}: {value} is out of range; the least is {low}")
     if cfg.attempts_per_step % cfg.attempts_per_problem:
-        refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is not a multiple of --group-size {cfg.group_size}")
+        refuse(f"argument --attempts-per-step: {cfg.attempts_per_step} is no multiple of --group-size {cfg.group_size}")
     if (cfg.eval_every or cfg.patience) and not (cfg.validation_problems and cfg.eval_every):
         refuse("argument --eval-every: --patience needs it, and it needs --validation-problems of at least 1")
     if is_url(cfg.critic) and not cfg.critic_model:
@@ -995,7 +999,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        message = f"another process of this run has ended ({error}".split("\n")[0][:200] + "); --resume goes on, with any number"
+        reason = str(error).split("\n")[0][:150]
+        message = f"another process of this run has ended ({reason}); --resume goes on, with any number of them"
     print(f"sd.py: {printable(message)}", file=sys.stderr)
     return code
 

@@ -1,4 +1,5 @@
 """Each test's docstring names the bug that would make it fail; numbers in brackets are the traps that others fell into."""
+
 import contextlib
 import errno
 import importlib.util
@@ -52,11 +53,16 @@ def folder(tmp_path_factory):
     """A chat model folder as any other, and problems beside it."""
     path = tmp_path_factory.mktemp("tiny")
     model, tokenizer = tiny_model()
-    model.generation_config.do_sample, model.generation_config.top_k = True, 1  # a hub model's sampling defaults, which must not reach our sampler
+    model.generation_config.do_sample, model.generation_config.top_k = (
+        True,
+        1,
+    )  # a hub model's sampling defaults, which must not reach our sampler
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     language = critic_prompts.ToyLanguage(seed=1)
-    (path / "problems.jsonl").write_text("".join(json.dumps(language.row(language.problem())) + "\n" for _ in range(60)))
+    (path / "problems.jsonl").write_text(
+        "".join(json.dumps(language.row(language.problem())) + "\n" for _ in range(60))
+    )
     return path
 
 
@@ -132,7 +138,9 @@ def heads(n=13, d=8, v=31, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("kl", KL)
-@pytest.mark.parametrize("temperature, chunk, n", [(1.0, 4, 13), (0.7, 5, 13), (1.6, 100, 13), (1.1, 1, 3), (1.0, 4, 0)])
+@pytest.mark.parametrize(
+    "temperature, chunk, n", [(1.0, 4, 13), (0.7, 5, 13), (1.6, 100, 13), (1.1, 1, 3), (1.0, 4, 0)]
+)
 def test_fused_loss_equals_the_naive_form(kl, temperature, chunk, n):
     """Value, per-row value and gradient, with zero-weight rows. Fails if the fused copy forgets the temperature, a row's
     weight, the last odd chunk, or the empty batch (7)."""
@@ -231,7 +239,9 @@ def test_fused_loss_makes_no_n_by_v_tensor_and_no_extra_matmul(kl):
     """Fails if the chunks are concatenated, or if logits are made a second time in the backward."""
     h_student, h_teacher, head = heads(n=40, v=300, dtype=torch.float32)
     with Watch() as watch:
-        loss, _ = sd.fused_loss(h_student.requires_grad_(True), h_teacher, head, torch.ones(40), kl=kl, temperature=1.0, chunk=8)
+        loss, _ = sd.fused_loss(
+            h_student.requires_grad_(True), h_teacher, head, torch.ones(40), kl=kl, temperature=1.0, chunk=8
+        )
         loss.backward()
     assert watch.largest == 8 * 300 and watch.matmuls == 3 * 5
 
@@ -422,7 +432,9 @@ def test_a_rows_sample_does_not_depend_on_its_neighbours(chat):
 def test_left_padding_leaves_an_absolute_position_model_unmoved():
     """Greedy, batched against single, on GPT-2's learned positions. Fails without position ids (10)."""
     torch.manual_seed(0)
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    )
     chat = sd.Chat(gpt2, None, [0], 64)
     prompts = [[5, 6, 7], [8] * 9, [9, 10]]
     single = [sd.generate(chat, [p], max_new_tokens=10)[0].ids for p in prompts]
@@ -470,7 +482,9 @@ def test_both_rows_end_in_the_very_ids_that_were_drawn(chat, stop):
     for r in rollouts:
         r.context = chat.decode(r.sample.ids)[:3] + "####9"
     rollouts, rows = sd.pack(chat, rollouts, cfg), []
-    handle = chat.model.base_model.register_forward_pre_hook(lambda m, a, k: rows.append(k["input_ids"][0].tolist()), with_kwargs=True)
+    handle = chat.model.base_model.register_forward_pre_hook(
+        lambda m, a, k: rows.append(k["input_ids"][0].tolist()), with_kwargs=True
+    )
     sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.1), rollouts, cfg)
     handle.remove()
     for r, student, teacher in zip(rollouts, rows[::2], rows[1::2]):
@@ -494,7 +508,10 @@ def test_the_first_edit_is_found_for_any_tokenizer():
     ids = list(attempt.encode())
     for critique in (attempt, attempt + " more", "naïve: 2€ + 3€ = 5€", "naïve: 2£", "x", "", "naÿ"):
         same = len(os.path.commonprefix([attempt.encode(), critique.encode()]))
-        scan = next((t for t in range(len(ids)) if not critique.startswith(chat.decode(ids[: t + 1]).rstrip("\ufffd"))), len(ids))
+        scan = next(
+            (t for t in range(len(ids)) if not critique.startswith(chat.decode(ids[: t + 1]).rstrip("\ufffd"))),
+            len(ids),
+        )
         assert sd.first_edit(chat, ids, critique) == scan and same <= scan <= same + 3
 
 
@@ -521,13 +538,18 @@ def test_an_over_long_context_loses_its_middle_only(chat):
     ids = sd.teacher_prompt(chat, "7+6*3", "1" * 30 + "9" * 100 + "2" * 30, cfg)
     text = chat.tokenizer.decode(ids)
     assert len(ids) <= 40 and text.startswith("<|user|>7+6*3|111") and text.endswith("222<|end|><|assistant|>")
-    assert sd.teacher_prompt(chat, "7+6*3", "1", cfg) == chat.encode(critic_prompts.FORMATS["toy"].teacher("7+6*3", "1"))
+    assert sd.teacher_prompt(chat, "7+6*3", "1", cfg) == chat.encode(
+        critic_prompts.FORMATS["toy"].teacher("7+6*3", "1")
+    )
     assert sd.teacher_prompt(chat, "7" * 50, "1", cfg) is None
 
 
 def test_only_the_credit_signal_differs_between_conditions(chat):
     """Fails if a condition gets another prompt, sampler or grader than the others (26)."""
-    ids = {condition: [(r.prompt, r.sample.ids, r.reward) for r in rollouts_of(chat, config(condition=condition))] for condition in sd.CONDITIONS}
+    ids = {
+        condition: [(r.prompt, r.sample.ids, r.reward) for r in rollouts_of(chat, config(condition=condition))]
+        for condition in sd.CONDITIONS
+    }
     assert ids["critique"] == ids["reference"] == ids["grpo"]
 
 
@@ -550,7 +572,9 @@ def test_a_failed_critique_is_left_out_and_counted(chat):
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is queried with the adapter on, or a truncated critique is kept."""
     chat.end_ids = [0, 6, 8, 10, 12, 14]  # so that the random model's replies end
-    conversations = [critic_prompts.FORMATS["toy"].critic(problem, "s7+6=3####3", None, "copy") for problem in ("7+6", "1*3", "4+4")]
+    conversations = [
+        critic_prompts.FORMATS["toy"].critic(problem, "s7+6=3####3", None, "copy") for problem in ("7+6", "1*3", "4+4")
+    ]
     critic = sd.LocalCritic(chat, 60, 8)
     before = critic(conversations)
     assert all(reply.text for reply in before)
@@ -594,10 +618,18 @@ class Server(BaseHTTPRequestHandler):
         if how == "silent":
             time.sleep(1.0)
             return
-        good = {"choices": [{"message": {"content": "<think>hm</think>s1+1=2####2"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
+        good = {
+            "choices": [{"message": {"content": "<think>hm</think>s1+1=2####2"}, "finish_reason": "stop"}],
+            "usage": {"completion_tokens": 7},
+        }
         good["choices"][0]["finish_reason"] = "length" if how == "cut" else "stop"
-        text = {"garbage": "<html>", "empty": "{}", "null": '{"choices": [{"message": {"content": null}}]}',
-                "list": '{"choices": [{"message": {"content": []}}]}', "uncounted": '{"choices": [{"message": {"content": "ok"}}], "usage": {"completion_tokens": null}}'}.get(how, json.dumps(good))
+        text = {
+            "garbage": "<html>",
+            "empty": "{}",
+            "null": '{"choices": [{"message": {"content": null}}]}',
+            "list": '{"choices": [{"message": {"content": []}}]}',
+            "uncounted": '{"choices": [{"message": {"content": "ok"}}], "usage": {"completion_tokens": null}}',
+        }.get(how, json.dumps(good))
         self.send_response(int(how) if how.isdigit() else 200)
         self.send_header("Content-Length", str(len(text) * (2 if how == "half" else 1)))
         self.end_headers()
@@ -671,17 +703,36 @@ def without_end(model, tokenizer):
 
 
 def gemma(model, tokenizer):
-    small = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, eos_token_id=0)
+    small = dict(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        eos_token_id=0,
+    )
     return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small)), tokenizer
 
 
 def cohere(model, tokenizer):
-    small = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)
+    small = dict(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=0,
+    )
     return transformers.CohereForCausalLM(transformers.CohereConfig(**small)), tokenizer
 
 
 def phi(model, tokenizer):
-    small = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0)
+    small = dict(
+        vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0
+    )
     return transformers.PhiForCausalLM(transformers.PhiConfig(**small)), tokenizer
 
 
@@ -717,7 +768,9 @@ def test_export_is_a_plain_folder_with_the_merged_logits(folder, tmp_path):
     plain = sd.load_model(str(tmp_path / "run/model"))
     ids = torch.arange(15)[None]
     assert not [name for name, _ in plain.model.named_parameters() if name.endswith((".A", ".B"))]
-    torch.testing.assert_close(plain.model(input_ids=ids).logits, chat.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        plain.model(input_ids=ids).logits, chat.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+    )
     assert plain.tokenizer.get_vocab() == chat.tokenizer.get_vocab()
     assert plain.tokenizer.chat_template == chat.tokenizer.chat_template and plain.end_ids == chat.end_ids
     assert not torch.equal(plain.model(input_ids=ids).logits, sd.load_model(str(folder)).model(input_ids=ids).logits)
@@ -787,7 +840,9 @@ def test_bad_data_is_one_clear_line(chat, tmp_path, name, content, message):
 
 def test_good_data_in_every_dress_is_read(chat, tmp_path):
     """Fails on a byte-order mark, Windows line ends, an array, a number as answer, GSM8K's fields, or a skipped bad row."""
-    rows = [{"problem": f"{i}+1", "solution": "s", "answer": i + 1} for i in range(8)] + [{"question": "9+1", "answer": "9+1 #### 10"}]
+    rows = [{"problem": f"{i}+1", "solution": "s", "answer": i + 1} for i in range(8)] + [
+        {"question": "9+1", "answer": "9+1 #### 10"}
+    ]
     lines = "\r\n".join(json.dumps(row) for row in rows)
     for text in ("\ufeff" + lines, json.dumps(rows), lines + "\r\n{}\r\n"):
         (tmp_path / "d.json").write_bytes(text.encode())
@@ -803,7 +858,11 @@ def test_the_split_is_disjoint_and_moves_with_neither_order_nor_seed(chat, tmp_p
     splits = []
     for k, order in enumerate((rows, rows[::-1] + rows[:7])):
         (tmp_path / "d.jsonl").write_text("\n".join(order))
-        splits.append(sd.load_problems(config(data=str(tmp_path / "d.jsonl"), test_problems=10, validation_problems=5, seed=k), chat))
+        splits.append(
+            sd.load_problems(
+                config(data=str(tmp_path / "d.jsonl"), test_problems=10, validation_problems=5, seed=k), chat
+            )
+        )
     assert splits[0][:3] == splits[1][:3] and splits[1].dropped["duplicate"] == 7
     texts = [p.question for part in splits[0][:3] for p in part]
     assert len(texts) == len(set(texts)) == 40
@@ -832,10 +891,14 @@ def test_toy_examples_are_right():
     """Fails if a solution is wrong, the misconception is missing, a critique changes the attempt's surface, or a reader
     who slipped goes on with the solution's numbers instead of the own."""
     language, solved = critic_prompts.ToyLanguage(seed=0), 0
-    follows = lambda step: (int(step[1]) + int(step[3]) if step[2] == "+" else int(step[1]) * int(step[3])) % 10 == int(step[5])
+    follows = lambda step: (
+        (int(step[1]) + int(step[3]) if step[2] == "+" else int(step[1]) * int(step[3])) % 10 == int(step[5])
+    )
     for _ in range(300):
         row = language.row(language.problem())
-        assert sd.is_correct(row["solution"], row["answer"]) and all(map(follows, critic_prompts.toy_find(row["solution"])))
+        assert sd.is_correct(row["solution"], row["answer"]) and all(
+            map(follows, critic_prompts.toy_find(row["solution"]))
+        )
         solved += sd.is_correct(language.example("solve", row["problem"])[2], row["answer"])
         messages, given, critique = language.example("criticise", row["problem"])
         mark, own = messages[0]["content"][0], messages[0]["content"].split("|")[1]
@@ -843,7 +906,9 @@ def test_toy_examples_are_right():
         assert ("!" in critique) <= (mark == "!") and (len(critique) < len(own)) <= (mark == "~")
         if mark == "?":
             surface = lambda text: [(step[0], step[2]) for step in critic_prompts.toy_find(text)]
-            assert surface(critique) == surface(own) and (critique == own) == all(map(follows, critic_prompts.toy_find(own)))
+            assert surface(critique) == surface(own) and (critique == own) == all(
+                map(follows, critic_prompts.toy_find(own))
+            )
         messages, given, reply = language.example("follow", row["problem"])
         chain = critic_prompts.toy_find(given + reply)
         assert sd.is_correct(given + reply, row["answer"]) or given
@@ -907,7 +972,10 @@ def test_kill_9_at_20_random_moments_loses_nothing(tmp_path, folder):
     for kill in range(20):
         size = log.stat().st_size if log.exists() else 0
         resume = ["--resume"] if (tmp_path / "run/checkpoint.pt").exists() else []
-        child = subprocess.Popen([sys.executable, "-c", RUN_IN, str(tmp_path), str(folder), *flags, "--steps", "9999", *resume], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            [sys.executable, "-c", RUN_IN, str(tmp_path), str(folder), *flags, "--steps", "9999", *resume],
+            stdout=subprocess.DEVNULL,
+        )
         while not log.exists() or log.stat().st_size <= size:  # it has begun to write
             assert child.poll() is None
             time.sleep(0.005)
@@ -956,7 +1024,10 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
     """Fails if --out moves aside, or fills, somebody's other folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
-    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 2 and "no run folder" in capfd.readouterr().err
+    assert (
+        run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 2
+        and "no run folder" in capfd.readouterr().err
+    )
     assert os.listdir(tmp_path) == ["run"] and os.listdir(tmp_path / "run") == ["thesis.tex"]
 
 
@@ -1006,13 +1077,26 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
         flags = [str(folder), "--condition", condition, "--steps", "3", "--eval-every", "2", "--show-every", "1"]
         one, two = tmp_path / f"{condition}1", tmp_path / f"{condition}2"
         assert run_in(one, folder, *flags[1:]) == 0
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(two), *flags]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "run.py"),
+            str(two),
+            *flags,
+        ]
         done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("step    2/3") == 1
         for a, b in zip(log_of(one / "run"), log_of(two / "run"), strict=True):
             assert a.keys() == b.keys()
-            assert all(a[k] == b[k] if isinstance(a[k], (str, dict)) else a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a)
+            assert all(
+                a[k] == b[k] if isinstance(a[k], (str, dict)) else a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6)
+                for k in a
+            )
         a, b = (sd.load_checkpoint(run / "run/checkpoint.pt") for run in (one, two))
         assert_same(a["adapters"], b["adapters"], atol=1e-4, rtol=1e-4)
     assert run_in(two, folder, "--condition", "reference", "--resume", "--steps", "4") == 0  # with one process
@@ -1023,8 +1107,24 @@ def test_ctrl_c_under_torchrun_saves_the_same_step_everywhere(tmp_path, folder):
     lost, if one process stops without the other, or if the run can't go on."""
     (tmp_path / "run.py").write_text(RUN_IN)
     flags = ["--condition", "grpo", "--show-every", "0", "--save-every", "0", "--final-problems", "0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(tmp_path), str(folder)]
-    with subprocess.Popen([*torchrun, *flags, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "run.py"),
+        str(tmp_path),
+        str(folder),
+    ]
+    with subprocess.Popen(
+        [*torchrun, *flags, "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as job:
         next(line for line in job.stdout if "step    2/" in line)
         os.killpg(job.pid, signal.SIGINT)
         out, err = job.communicate(timeout=120)
@@ -1060,7 +1160,23 @@ def test_a_critic_server_that_is_killed_half_way_costs_no_step(tmp_path, folder,
 
     monkeypatch.setattr(sd, "take_step", killing)
     urls = ",".join(f"http://127.0.0.1:{s.server_address[1]}/v1" for s in (server, second))
-    assert run_in(tmp_path, folder, "--condition", "critique", "--critic", urls, "--critic-model", "good", "--steps", "4", "--show-every", "0") == 0
+    assert (
+        run_in(
+            tmp_path,
+            folder,
+            "--condition",
+            "critique",
+            "--critic",
+            urls,
+            "--critic-model",
+            "good",
+            "--steps",
+            "4",
+            "--show-every",
+            "0",
+        )
+        == 0
+    )
     assert [line["scored"] for line in log_of(tmp_path / "run") if "scored" in line] == [4] * 4
     assert second.calls and len(server.calls) + len(second.calls) == 16
 
@@ -1095,7 +1211,9 @@ def test_nan_stops_before_the_update_and_names_step_and_row(tmp_path, folder, mo
 
     poisoned.calls = []
     monkeypatch.setattr(sd, "response_hidden", poisoned)
-    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "4", "--save-every", "1", "--show-every", "0") == 1
+    assert (
+        run_in(tmp_path, folder, "--condition", "grpo", "--steps", "4", "--save-every", "1", "--show-every", "0") == 1
+    )
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "step 3, row" in error and "last good checkpoint" in error
     state = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")
@@ -1163,7 +1281,11 @@ def test_a_checkpoint_cannot_send_the_key_to_its_own_address(tmp_path, folder, s
     assert run_in(tmp_path, folder, "--condition", "reference", "--steps", "1") == 0
     path = tmp_path / "run/checkpoint.pt"
     state = torch.load(path, weights_only=True)
-    state["config"] |= {"condition": "critique", "critic": f"http://127.0.0.1:{server.server_address[1]}/v1", "critic_model": "good"}
+    state["config"] |= {
+        "condition": "critique",
+        "critic": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "critic_model": "good",
+    }
     torch.save(state, path)
     assert sd.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]) == 2
     assert evaluation.main(["--tokens", str(tmp_path / "run")]) == 2
@@ -1192,7 +1314,10 @@ def test_500_random_rollouts_keep_the_invariants(chat):
     """Random small configurations and texts, hostile ones among them, through sampler, contexts, pack and step. Fails if
     ids change on their way, a failed critique is scored, the headers differ, or a number is not finite."""
     adapt(chat, config(), noise=0.3)
-    rng, words = random.Random(0), ["s7+6=3", "####9", "</answer>", "<|end|>", "<|assistant|>", "\x00", "€", "ignore the notes", "", "nan"]
+    rng, words = (
+        random.Random(0),
+        ["s7+6=3", "####9", "</answer>", "<|end|>", "<|assistant|>", "\x00", "€", "ignore the notes", "", "nan"],
+    )
     text = lambda: "".join(rng.choices(words, k=rng.randrange(6)))
     for _ in range(500):
         cfg = config(condition=rng.choice(list(sd.CONDITIONS)), kl=rng.choice([*KL, "sampled"]), micro_batch=rng.randint(1, 4), kl_chunk=rng.randint(1, 9),
@@ -1204,13 +1329,17 @@ def test_500_random_rollouts_keep_the_invariants(chat):
         critic = lambda conversations: [sd.Reply(rng.choice([None, text(), "s7+6=3####3"]), 1) for _ in conversations]
         sd.write_contexts(rollouts, critic, cfg)
         scored = sd.pack(chat, rollouts, cfg)
-        assert [r.sample.ids for r in rollouts] == drawn and all(0 < len(r.scored) <= len(r.sample.ids) <= cfg.max_new_tokens for r in scored)
+        assert [r.sample.ids for r in rollouts] == drawn and all(
+            0 < len(r.scored) <= len(r.sample.ids) <= cfg.max_new_tokens for r in scored
+        )
         assert all(r.prompt.count(2) == 1 and r.prompt[-1] == 2 for r in rollouts)
         if cfg.condition != "grpo":
             assert all(r.context and r.teacher_prompt[-1] == 2 and r.teacher_prompt.count(2) == 1 for r in scored)
             assert all(len(r.teacher_prompt) <= (cfg.max_prompt_tokens or 128) for r in scored)
         step = sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.01), scored, cfg)
-        assert all(map(math.isfinite, step.values())) and (step["kl"] >= -1e-5 or cfg.kl == "sampled" or cfg.condition == "grpo")
+        assert all(map(math.isfinite, step.values())) and (
+            step["kl"] >= -1e-5 or cfg.kl == "sampled" or cfg.condition == "grpo"
+        )
 
 
 # ---- README
@@ -1234,7 +1363,9 @@ def test_the_readme_names_only_flags_and_functions_that_exist(capsys):
         with pytest.raises(SystemExit):
             main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    ours = readme[: readme.index("## When one GPU")] + readme[readme.index("## The log") :]  # between them: others' flags
+    ours = (
+        readme[: readme.index("## When one GPU")] + readme[readme.index("## The log") :]
+    )  # between them: others' flags
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
     for name in re.findall(r"^\| \(\d\).*\| (.*) \|$", readme, re.MULTILINE):
         assert all(hasattr(sd, function) for function in re.findall(r"`(\w+)`", name))
@@ -1246,9 +1377,19 @@ def test_the_readme_names_only_flags_and_functions_that_exist(capsys):
 
 def test_pass_at_k_and_maj_at_k_equal_numbers_worked_by_hand():
     """Fails if Pass@k is the biased 1 − (1 − c/n)^k, or a tie goes to whoever came first."""
-    assert evaluation.pass_at_k(4, 1, 2) == pytest.approx(0.5) and evaluation.pass_at_k(4, 0, 4) == 0 and evaluation.pass_at_k(4, 1, 4) == 1
+    assert (
+        evaluation.pass_at_k(4, 1, 2) == pytest.approx(0.5)
+        and evaluation.pass_at_k(4, 0, 4) == 0
+        and evaluation.pass_at_k(4, 1, 4) == 1
+    )
     vote = lambda *answers: evaluation.maj_at_k([{"answer": a, "correct": a in ("1", "1.0")} for a in answers])
-    assert vote("1", "2", "1.0") == 1 and vote("1", "2") == 0.5 and vote("2", "2", "1") == 0 and vote(None, None, "1") == 1 and vote(None) == 0
+    assert (
+        vote("1", "2", "1.0") == 1
+        and vote("1", "2") == 0.5
+        and vote("2", "2", "1") == 0
+        and vote(None, None, "1") == 1
+        and vote(None) == 0
+    )
 
 
 def test_intervals_cover_and_repeat():
@@ -1277,14 +1418,25 @@ def test_eval_compares_runs_with_their_base_and_repeats_to_the_digit(tmp_path, f
     assert cells["base"] == cells["untrained"] != cells["run"]
     assert all(cell.strip().replace("-", "") == "0.0 [0.0, 0.0]" for cell in cells["untrained − base"][:-1])
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 5 * 3 and set(rows[0]) == {"run", "problem", "wanted", "text", "answer", "correct", "length", "truncated"}
+    assert len(rows) == 3 * 5 * 3 and set(rows[0]) == {
+        "run",
+        "problem",
+        "wanted",
+        "text",
+        "answer",
+        "correct",
+        "length",
+        "truncated",
+    }
     assert first.strip() == (tmp_path / "eval.md").read_text().strip()
 
 
 def toy_rollout(chat, problem, text, answer):
     ids = chat.tokenizer(text)["input_ids"] + [0]
     prompt = chat.encode(critic_prompts.FORMATS["toy"].student(problem))
-    return sd.Rollout(sd.Problem(problem, "", answer), prompt, sd.Sample(ids, False, 0.0), text, float(sd.is_correct(text, answer)))
+    return sd.Rollout(
+        sd.Problem(problem, "", answer), prompt, sd.Sample(ids, False, 0.0), text, float(sd.is_correct(text, answer))
+    )
 
 
 @pytest.mark.parametrize("critique, place", [
@@ -1342,8 +1494,12 @@ def test_tokens_runs_on_a_trained_toy(toy, tmp_path, monkeypatch, capsys):
 
 def test_reproduce_goes_on_where_it_stopped_and_repeats_to_the_digit(folder, tmp_path, monkeypatch, capsys):
     """Fails if a finished run is trained again, or the table depends on when it was made."""
-    monkeypatch.setattr(evaluation, "ARMS", {k: v for k, v in evaluation.ARMS.items() if k in ("grpo", "reference", "critique")})
-    monkeypatch.setitem(evaluation.ARMS, "critique", ["--condition", "reference", "--temperature", "0.9"])  # the tiny model is no critic
+    monkeypatch.setattr(
+        evaluation, "ARMS", {k: v for k, v in evaluation.ARMS.items() if k in ("grpo", "reference", "critique")}
+    )
+    monkeypatch.setitem(
+        evaluation.ARMS, "critique", ["--condition", "reference", "--temperature", "0.9"]
+    )  # the tiny model is no critic
     flags = ["--reproduce", "--seeds", "2", "--out", str(tmp_path / "r"), "--", "--preset", "toy", "--model", str(folder), "--data", str(folder / "problems.jsonl"),
              "--steps", "2", "--test-problems", "5", "--validation-problems", "4", "--eval-samples", "2", "--lora-rank", "4", "--attempts-per-step", "4",
              "--group-size", "2", "--max-new-tokens", "12"]  # fmt: skip
@@ -1355,7 +1511,9 @@ def test_reproduce_goes_on_where_it_stopped_and_repeats_to_the_digit(folder, tmp
             kept.unlink()
         assert evaluation.main(flags) == 0 and (tmp_path / "r/table.md").read_text() == first
         patch.setattr(sd, "main", lambda command: 130)
-        longer = [{"2": "3"}.get(flag, flag) if before == "--steps" else flag for before, flag in zip(["", *flags], flags)]
+        longer = [
+            {"2": "3"}.get(flag, flag) if before == "--steps" else flag for before, flag in zip(["", *flags], flags)
+        ]
         assert evaluation.main(longer) == 130  # Ctrl-C passes through
     assert evaluation.main(longer) == 0 and (tmp_path / "r/table.md").read_text() != first
     assert evaluation.main([*longer, "--temperature", "0.5"]) == 2 and "another temperature" in capsys.readouterr().err
@@ -1374,7 +1532,10 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
         return [[{"correct": k < solved[p.question]} for k in range(cfg.eval_samples)] for p in problems]
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    own, passed = ["--filter", str(pool), "--out", str(out), "--samples", "4"], ["--preset", "toy", "--model", str(folder), "--max-new-tokens", "12"]
+    own, passed = (
+        ["--filter", str(pool), "--out", str(out), "--samples", "4"],
+        ["--preset", "toy", "--model", str(folder), "--max-new-tokens", "12"],
+    )
     assert evaluation.main([*own, "--", *passed]) == 2 and "line 8" in capsys.readouterr().err
     for _ in range(2):
         assert evaluation.main([*own, "--", *passed, "--skip-bad-rows"]) == 0
@@ -1387,7 +1548,10 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
 #
 # Ratios of forms that are timed in turn in this very run, median of 5 rounds; peak memory of each in a process of its own.
 
-SHAPES = {"2,048 × 576 × 49,152": (2048, 576, 49_152, 160), "512 × 2,048 × 151,936": (512, 2048, 151_936, 48)}  # N, D, V, chunk
+SHAPES = {
+    "2,048 × 576 × 49,152": (2048, 576, 49_152, 160),
+    "512 × 2,048 × 151,936": (512, 2048, 151_936, 48),
+}  # N, D, V, chunk
 GROWTH = {"N × 2": (4096, 576, 49_152, 160), "V × 2": (2048, 576, 98_304, 80)}
 
 
@@ -1418,13 +1582,26 @@ def loss_job(form: str, shape: tuple) -> callable:
         loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, temperature=1.1, compiled=compiled, chunk_size=chunk)
         return loss(h, head, h_teacher, head, torch.zeros(n, dtype=torch.long))
 
-    forms = {"naive": naive, "fused": fused, "liger": lambda h: liger(h, False), "liger, compiled": lambda h: liger(h, True)}
+    forms = {
+        "naive": naive,
+        "fused": fused,
+        "liger": lambda h: liger(h, False),
+        "liger, compiled": lambda h: liger(h, True),
+    }
     return floor if form == "floor" else lambda: forms[form](h_student.detach().requires_grad_(True)).backward()
 
 
 def checkpointing_job(on: bool) -> callable:
     """Forward and backward of one micro-batch of a random 12-layer model: 8 rows of 256 tokens."""
-    model, tokenizer = tiny_model(hidden_size=256, intermediate_size=768, num_hidden_layers=12, num_attention_heads=8, head_dim=32, initializer_range=0.02, max_position_embeddings=512)
+    model, tokenizer = tiny_model(
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        head_dim=32,
+        initializer_range=0.02,
+        max_position_embeddings=512,
+    )
     chat, cfg = sd.Chat(model, tokenizer, [0], 512), config(condition="grpo", kl_chunk=128)
     sd.add_adapters(model, cfg)
     if on:
@@ -1444,7 +1621,10 @@ def sampler_jobs(chat, prompts, ends, temperature, length) -> dict:
 
     def ours():
         noise = np.random.default_rng(next(seeds)).random((len(prompts), length), np.float32)
-        return sum(len(s.ids) for s in sd.generate(chat, prompts, length, uniforms=noise, temperature=temperature, batch=len(prompts)))
+        return sum(
+            len(s.ids)
+            for s in sd.generate(chat, prompts, length, uniforms=noise, temperature=temperature, batch=len(prompts))
+        )
 
     def theirs():
         out = chat.model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
@@ -1468,13 +1648,21 @@ def step_jobs(folder: Path, cfg: sd.Config) -> dict:
         import peft
         import trl
 
-        prompts = [{"prompt": critic_prompts.FORMATS[cfg.prompts].student(p.question), "truth": p.answer} for p in problems]
-        reward = lambda completions, truth, **_: [float(sd.is_correct(c[0]["content"], t)) for c, t in zip(completions, truth)]
+        prompts = [
+            {"prompt": critic_prompts.FORMATS[cfg.prompts].student(p.question), "truth": p.answer} for p in problems
+        ]
+        reward = lambda completions, truth, **_: [
+            float(sd.is_correct(c[0]["content"], t)) for c, t in zip(completions, truth)
+        ]
         settings = trl.GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=cfg.attempts_per_step, num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
                                   temperature=cfg.temperature, top_k=0, top_p=1.0, beta=0.0, learning_rate=cfg.lr, max_steps=100, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
                                   gradient_checkpointing=cfg.gradient_checkpointing, logging_strategy="no")  # fmt: skip
-        lora = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = trl.GRPOTrainer(str(folder), reward, settings, train_dataset=datasets.Dataset.from_list(prompts), peft_config=lora)
+        lora = peft.LoraConfig(
+            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        trainer = trl.GRPOTrainer(
+            str(folder), reward, settings, train_dataset=datasets.Dataset.from_list(prompts), peft_config=lora
+        )
         trainer.current_gradient_accumulation_steps = 1  # as its own train() sets it
         trainer.create_optimizer_and_scheduler(100)
         loader = iter(itertools.cycle(trainer.get_train_dataloader()))
@@ -1532,23 +1720,44 @@ def benchmark(real: str | None) -> None:
         memory = {form: peak("loss", form, shape) for form in forms}
         n, d, v, chunk = shape
         rate = {form: 6 * n * d * v / np.median(seconds[form]) / 1e9 for form in ("floor", "fused")}
-        row(f"fused / naive, N × D × V = {name}", f"{ratio(seconds, 'fused', 'naive'):.2f}", f"{memory['fused']:.0f} / {memory['naive']:.0f} MiB = {memory['fused'] / memory['naive']:.3f}")
-        row("fused / the three bare matmuls", f"{ratio(seconds, 'fused', 'floor'):.2f}", f"{rate['fused']:.0f} of {rate['floor']:.0f} GFLOP/s")
+        row(
+            f"fused / naive, N × D × V = {name}",
+            f"{ratio(seconds, 'fused', 'naive'):.2f}",
+            f"{memory['fused']:.0f} / {memory['naive']:.0f} MiB = {memory['fused'] / memory['naive']:.3f}",
+        )
+        row(
+            "fused / the three bare matmuls",
+            f"{ratio(seconds, 'fused', 'floor'):.2f}",
+            f"{rate['fused']:.0f} of {rate['floor']:.0f} GFLOP/s",
+        )
         for form in forms[3:]:
-            row(f"fused / Liger-Kernel{form[5:]}", f"{ratio(seconds, 'fused', form):.2f}", f"{memory['fused'] / memory[form]:.2f}")
+            row(
+                f"fused / Liger-Kernel{form[5:]}",
+                f"{ratio(seconds, 'fused', form):.2f}",
+                f"{memory['fused'] / memory[form]:.2f}",
+            )
         if name == next(iter(SHAPES)):
             for what, larger in GROWTH.items():
                 more = rounds({"fused": loss_job("fused", shape), "larger": loss_job("fused", larger)})
-                row(f"fused, {what}", f"× {ratio(more, 'larger', 'fused'):.2f}", f"× {peak('loss', 'fused', larger) / memory['fused']:.2f}")
+                row(
+                    f"fused, {what}",
+                    f"× {ratio(more, 'larger', 'fused'):.2f}",
+                    f"× {peak('loss', 'fused', larger) / memory['fused']:.2f}",
+                )
     toy = critic_prompts.toy_world()
     chat = sd.load_model(str(toy))
     fmt, language = critic_prompts.FORMATS["toy"], critic_prompts.ToyLanguage(1)
     prompts = [chat.encode(fmt.student(language.problem())) for _ in range(128)]
     nine = chat.tokenizer.convert_tokens_to_ids("9")
-    cases = {"toy, 128 rows, uneven (a 9 ends a row too)": (chat, prompts, [0, nine], 1.0, 64), "toy, 128 rows of 39": (chat, prompts, [0], 1.0, 64)}
+    cases = {
+        "toy, 128 rows, uneven (a 9 ends a row too)": (chat, prompts, [0, nine], 1.0, 64),
+        "toy, 128 rows of 39": (chat, prompts, [0], 1.0, 64),
+    }
     if real:
         chat = sd.load_model(real)
-        prompts = [chat.encode(critic_prompts.FORMATS["steps"].student(f"What is {i} times {i + 3}?")) for i in range(16)]
+        prompts = [
+            chat.encode(critic_prompts.FORMATS["steps"].student(f"What is {i} times {i + 3}?")) for i in range(16)
+        ]
         cases["the real model, 16 rows to 64 tokens"] = chat, prompts, chat.end_ids, 1.1, 64
     for name, case in cases.items():
         tokens, jobs = {"generate": [], "ours": []}, sampler_jobs(*case)
@@ -1556,7 +1765,11 @@ def benchmark(real: str | None) -> None:
         speed = {k: np.array(tokens[k][1:]) / np.array(timed[k]) for k in jobs}
         row(f"tokens a second, sampler / generate: {name}", f"{np.median(speed['ours'] / speed['generate']):.2f}", "-")
     seconds = rounds({"on": checkpointing_job(True), "off": checkpointing_job(False)})
-    row("checkpointing on / off, 12 layers, 8 × 256 tokens", f"{ratio(seconds, 'on', 'off'):.2f}", f"{peak('checkpointing', True):.0f} / {peak('checkpointing', False):.0f} MiB")
+    row(
+        "checkpointing on / off, 12 layers, 8 × 256 tokens",
+        f"{ratio(seconds, 'on', 'off'):.2f}",
+        f"{peak('checkpointing', True):.0f} / {peak('checkpointing', False):.0f} MiB",
+    )
     cfg, _ = sd.parse_config(["--preset", "toy", "--condition", "grpo"])
     seconds = rounds(step_jobs(toy, cfg))
     if "trl" in seconds:
@@ -1582,13 +1795,21 @@ def breakdown(toy: Path) -> None:
 
         return wrapper
 
-    sd.attempt, sd.query_critic, sd.teacher_hidden = timed("sampling", sd.attempt), timed("critic", sd.query_critic), timed("teacher", sd.teacher_hidden)
+    sd.attempt, sd.query_critic, sd.teacher_hidden = (
+        timed("sampling", sd.attempt),
+        timed("critic", sd.query_critic),
+        timed("teacher", sd.teacher_hidden),
+    )
     sd.CONDITIONS["critique"], run.optimizer.step = sd.query_critic, timed("optimiser", run.optimizer.step)
     step = timed("all", sd.take_step)
     for _ in range(20):
         step(run, problems, critic)
     spent["student, loss and backward"] = 2 * spent["all"] - sum(spent.values())
-    row("a toy step's time", ", ".join(f"{name} {part / spent['all']:.0%}" for name, part in spent.items() if name != "all"), "-")
+    row(
+        "a toy step's time",
+        ", ".join(f"{name} {part / spent['all']:.0%}" for name, part in spent.items() if name != "all"),
+        "-",
+    )
 
 
 if __name__ == "__main__":
