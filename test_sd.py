@@ -1,6 +1,5 @@
 """Each test's docstring names the bug that would make it fail; numbers in brackets are the traps that others fell into."""
 
-import contextlib
 import errno
 import importlib.util
 import itertools
@@ -1552,7 +1551,10 @@ SHAPES = {
     "2,048 × 576 × 49,152": (2048, 576, 49_152, 160),
     "512 × 2,048 × 151,936": (512, 2048, 151_936, 48),
 }  # N, D, V, chunk
-GROWTH = {"N × 2": (4096, 576, 49_152, 160), "V × 2": (2048, 576, 98_304, 80)}
+HALF = {
+    "N halved": (1024, 576, 49_152, 160),
+    "V halved, twice the rows a chunk": (2048, 576, 24_576, 320),
+}  # of the first
 
 
 def loss_job(form: str, shape: tuple) -> callable:
@@ -1635,45 +1637,61 @@ def sampler_jobs(chat, prompts, ends, temperature, length) -> dict:
     return {"generate": theirs, "ours": ours}
 
 
-def step_jobs(folder: Path, cfg: sd.Config) -> dict:
-    """One whole grpo step, ours and TRL's: same model, LoRA, prompts, group size and length."""
-    chat = sd.load_model(str(folder))
+def step_job(whose: str, folder: str, real: bool) -> callable:
+    """One whole grpo step, ours or TRL's: same model, LoRA, prompts, group size and length."""
+    out = Path(tempfile.mkdtemp())
+    flags = ["--preset", "toy", "--condition", "grpo", "--model", folder, "--out", str(out / "run")]
+    if real:
+        rows = [{"problem": f"What is {i} + {i}?", "solution": f"{2 * i}", "answer": f"{2 * i}"} for i in range(20)]
+        (out / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags += [
+            "--data",
+            str(out / "problems.jsonl"),
+            "--prompts",
+            "steps",
+            "--test-problems",
+            "1",
+            "--validation-problems",
+            "0",
+        ]
+        flags += ["--attempts-per-step", "8", "--max-new-tokens", "32"]
+    cfg, _ = sd.parse_config(flags)
+    chat = sd.load_model(folder)
     problems = sd.load_problems(cfg, chat).train
-    sd.add_adapters(chat.model, cfg)
-    cfg = replace(cfg, out=tempfile.mkdtemp() + "/run")
-    run = sd.Run(cfg, chat)
-    jobs = {"ours": lambda: sd.take_step(run, problems, None)}
-    with contextlib.suppress(ImportError):
-        import datasets
-        import peft
-        import trl
+    if whose == "ours":
+        sd.add_adapters(chat.model, cfg)
+        run = sd.Run(cfg, chat)
+        return lambda: sd.take_step(run, problems, None)
+    import datasets
+    import peft
+    import trl
 
-        prompts = [
-            {"prompt": critic_prompts.FORMATS[cfg.prompts].student(p.question), "truth": p.answer} for p in problems
-        ]
-        reward = lambda completions, truth, **_: [
-            float(sd.is_correct(c[0]["content"], t)) for c, t in zip(completions, truth)
-        ]
-        settings = trl.GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=cfg.attempts_per_step, num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
-                                  temperature=cfg.temperature, top_k=0, top_p=1.0, beta=0.0, learning_rate=cfg.lr, max_steps=100, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
-                                  gradient_checkpointing=cfg.gradient_checkpointing, logging_strategy="no")  # fmt: skip
-        lora = peft.LoraConfig(
-            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        trainer = trl.GRPOTrainer(
-            str(folder), reward, settings, train_dataset=datasets.Dataset.from_list(prompts), peft_config=lora
-        )
-        trainer.current_gradient_accumulation_steps = 1  # as its own train() sets it
-        trainer.create_optimizer_and_scheduler(100)
-        loader = iter(itertools.cycle(trainer.get_train_dataloader()))
+    prompts = [{"prompt": sd.FORMATS[cfg.prompts].student(p.question), "truth": p.answer} for p in problems]
 
-        def theirs():
-            trainer.training_step(trainer.model, next(loader), None)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
+    def reward(completions, truth, **_):
+        return [float(sd.is_correct(c[0]["content"], t)) for c, t in zip(completions, truth)]
 
-        jobs["trl"] = theirs
-    return jobs
+    settings = trl.GRPOConfig(
+        output_dir=str(out), per_device_train_batch_size=cfg.attempts_per_step, num_generations=cfg.group_size,
+        max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, top_k=0, top_p=1.0, beta=0.0,
+        learning_rate=cfg.lr, max_steps=100, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=cfg.gradient_checkpointing, logging_strategy="no",
+    )  # fmt: skip
+    lora = peft.LoraConfig(
+        r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    data = datasets.Dataset.from_list(prompts)
+    trainer = trl.GRPOTrainer(folder, reward, settings, train_dataset=data, peft_config=lora)
+    trainer.current_gradient_accumulation_steps = 1  # as its own train() sets it
+    trainer.create_optimizer_and_scheduler(100)
+    loader = iter(itertools.cycle(trainer.get_train_dataloader()))
+
+    def theirs():
+        trainer.training_step(trainer.model, next(loader), None)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return theirs
 
 
 def rounds(jobs: dict, pairs: int = 5) -> dict[str, list[float]]:
@@ -1698,7 +1716,7 @@ def peak(*job) -> float:
 
 
 def measure_peak(kind: str, *arguments) -> None:
-    job = {"loss": loss_job, "checkpointing": checkpointing_job}[kind](*arguments)
+    job = {"loss": loss_job, "checkpointing": checkpointing_job, "step": step_job}[kind](*arguments)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     job()
     # not ru_maxrss: a child's starts at its parent's
@@ -1710,71 +1728,67 @@ def row(name: str, *cells) -> None:
 
 
 def benchmark(real: str | None) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; time: median of 5 rounds in turn\n")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; time: median of 5 or more rounds in turn\n")
     print("| what | time | peak extra memory |\n|---|---|---|")
-    have_liger = importlib.util.find_spec("liger_kernel") is not None
-    forms = ["naive", "floor", "fused", *(["liger", "liger, compiled"] if have_liger else [])]
-    for name, shape in SHAPES.items():
-        forms = forms if name == next(iter(SHAPES)) else forms[:3]
-        seconds = rounds({form: loss_job(form, shape) for form in forms})
-        memory = {form: peak("loss", form, shape) for form in forms}
+    installed = lambda *names: all(map(importlib.util.find_spec, names))
+    for first, (name, shape) in zip((True, False), SHAPES.items()):
+        forms = ["naive", "floor", "fused"] + ["liger", "liger, compiled"] * (first and installed("liger_kernel"))
+        jobs = {form: loss_job(form, shape) for form in forms}
+        jobs |= {what: loss_job("fused", half) for what, half in HALF.items() if first}
+        seconds, memory = rounds(jobs), {form: peak("loss", form, shape) for form in forms}
         n, d, v, chunk = shape
         rate = {form: 6 * n * d * v / np.median(seconds[form]) / 1e9 for form in ("floor", "fused")}
-        row(
-            f"fused / naive, N × D × V = {name}",
-            f"{ratio(seconds, 'fused', 'naive'):.2f}",
-            f"{memory['fused']:.0f} / {memory['naive']:.0f} MiB = {memory['fused'] / memory['naive']:.3f}",
-        )
-        row(
-            "fused / the three bare matmuls",
-            f"{ratio(seconds, 'fused', 'floor'):.2f}",
-            f"{rate['fused']:.0f} of {rate['floor']:.0f} GFLOP/s",
-        )
+        used = [f"{memory[form]:.0f}" for form in ("fused", "naive")]
+        row(f"fused / naive, N × D × V = {name}, {chunk} rows a chunk", f"{ratio(seconds, 'fused', 'naive'):.2f}",
+            f"{' / '.join(used)} MiB = {memory['fused'] / memory['naive']:.3f}")  # fmt: skip
+        row("fused / the three bare matmuls in the same chunks", f"{ratio(seconds, 'fused', 'floor'):.2f}",
+            f"{rate['fused']:.0f} of {rate['floor']:.0f} GFLOP/s")  # fmt: skip
         for form in forms[3:]:
             row(
                 f"fused / Liger-Kernel{form[5:]}",
                 f"{ratio(seconds, 'fused', form):.2f}",
                 f"{memory['fused'] / memory[form]:.2f}",
             )
-        if name == next(iter(SHAPES)):
-            for what, larger in GROWTH.items():
-                more = rounds({"fused": loss_job("fused", shape), "larger": loss_job("fused", larger)})
-                row(
-                    f"fused, {what}",
-                    f"× {ratio(more, 'larger', 'fused'):.2f}",
-                    f"× {peak('loss', 'fused', larger) / memory['fused']:.2f}",
-                )
+        for what in HALF if first else ():
+            smaller = peak("loss", "fused", HALF[what]) / memory["fused"]
+            row(f"fused, {what}", f"× {ratio(seconds, what, 'fused'):.2f}", f"× {smaller:.2f}")
     toy = critic_prompts.toy_world()
     chat = sd.load_model(str(toy))
-    fmt, language = critic_prompts.FORMATS["toy"], critic_prompts.ToyLanguage(1)
-    prompts = [chat.encode(fmt.student(language.problem())) for _ in range(128)]
-    nine = chat.tokenizer.convert_tokens_to_ids("9")
-    cases = {
-        "toy, 128 rows, uneven (a 9 ends a row too)": (chat, prompts, [0, nine], 1.0, 64),
-        "toy, 128 rows of 39": (chat, prompts, [0], 1.0, 64),
-    }
+    language, nine = critic_prompts.ToyLanguage(1), chat.tokenizer.convert_tokens_to_ids("9")
+    prompts = [chat.encode(sd.FORMATS["toy"].student(language.problem())) for _ in range(128)]
+    sampled("toy, 128 rows, uneven (a 9 ends a row too)", 20, chat, prompts, [0, nine], 1.0, 64)
+    sampled("toy, 128 rows of 39", 20, chat, prompts, [0], 1.0, 64)
     if real:
         chat = sd.load_model(real)
-        prompts = [
-            chat.encode(critic_prompts.FORMATS["steps"].student(f"What is {i} times {i + 3}?")) for i in range(16)
-        ]
-        cases["the real model, 16 rows to 64 tokens"] = chat, prompts, chat.end_ids, 1.1, 64
-    for name, case in cases.items():
-        tokens, jobs = {"generate": [], "ours": []}, sampler_jobs(*case)
-        timed = rounds({k: lambda k=k: tokens[k].append(jobs[k]()) for k in jobs})
-        speed = {k: np.array(tokens[k][1:]) / np.array(timed[k]) for k in jobs}
-        row(f"tokens a second, sampler / generate: {name}", f"{np.median(speed['ours'] / speed['generate']):.2f}", "-")
+        prompts = [chat.encode(sd.FORMATS["steps"].student(f"What is {i} times {i + 3}?")) for i in range(8)]
+        sampled("the real model, 8 rows to 48 tokens", 5, chat, prompts, chat.end_ids, 1.1, 48)
     seconds = rounds({"on": checkpointing_job(True), "off": checkpointing_job(False)})
+    used = [f"{peak('checkpointing', on):.0f}" for on in (True, False)]
     row(
-        "checkpointing on / off, 12 layers, 8 × 256 tokens",
+        "checkpointing on / off, 12 layers of width 256, 8 rows of 256 tokens",
         f"{ratio(seconds, 'on', 'off'):.2f}",
-        f"{peak('checkpointing', True):.0f} / {peak('checkpointing', False):.0f} MiB",
+        f"{' / '.join(used)} MiB",
     )
-    cfg, _ = sd.parse_config(["--preset", "toy", "--condition", "grpo"])
-    seconds = rounds(step_jobs(toy, cfg))
-    if "trl" in seconds:
-        row("a grpo step / TRL's GRPOTrainer, toy", f"{ratio(seconds, 'ours', 'trl'):.2f}", "-")
+    for folder, own, what in [
+        (str(toy), False, "toy, 32 attempts"),
+        (real, True, "the real model, 8 attempts of 32 tokens"),
+    ]:
+        if folder and installed("trl", "peft"):
+            seconds = rounds({whose: step_job(whose, folder, own) for whose in ("ours", "trl")}, 5 if own else 20)
+            used = [f"{peak('step', whose, folder, own):.0f}" for whose in ("ours", "trl")]
+            row(
+                f"a grpo step / TRL's GRPOTrainer: {what}",
+                f"{ratio(seconds, 'ours', 'trl'):.2f}",
+                f"{' / '.join(used)} MiB",
+            )
     breakdown(toy)
+
+
+def sampled(name: str, pairs: int, *case) -> None:
+    tokens, jobs = {"generate": [], "ours": []}, sampler_jobs(*case)
+    timed = rounds({k: lambda k=k: tokens[k].append(jobs[k]()) for k in jobs}, pairs)
+    speed = {k: np.array(tokens[k][1:]) / np.array(timed[k]) for k in jobs}
+    row(f"tokens a second, sampler / generate: {name}", f"{np.median(speed['ours'] / speed['generate']):.2f}", "-")
 
 
 def breakdown(toy: Path) -> None:
