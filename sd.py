@@ -847,17 +847,16 @@ def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, 
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[list[float]]:
+def deferred_interrupt() -> Iterator[list[bool]]:
     """Inside, the first Ctrl-C only fills the list, so that the step in flight is finished and saved."""
-    pressed: list[float] = []  # when; torchrun passes the terminal's Ctrl-C on, so that one press may come twice
+    pressed: list[bool] = []
 
     def handler(*_):
-        if not pressed:
-            pressed.append(time.monotonic())
-            print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
-        elif time.monotonic() > pressed[0] + 1:  # no exception: a thread pool would first wait for its requests
+        if pressed:  # not an exception: a thread pool would first wait for its requests
             print(f"sd.py: {STOPPED}", file=sys.stderr)
             os._exit(130)
+        pressed.append(True)
+        print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, handler)
     try:
