@@ -1,7 +1,7 @@
 """What goes into a model and what is read out of it: problem files, answers, chat templates, prompts, the critic's wire,
-and the toy world. The method is in sd.py; nothing here knows of it.
+and the toy world. The method is in sd.py.
 
-Who sees what (each function of section 3 makes a list of chat messages; the model's own template renders it):
+Who sees what (each `*_student`, `*_teacher` and `*_critic` makes a list of chat messages; the model's template renders it):
 
     reader     problem   its own attempt   critique   worked solution
     student      yes           -              -              -
@@ -83,7 +83,7 @@ def read_row(row: object) -> Problem:
             what = "missing" if name not in row else "empty" if isinstance(text, str) else "not text"
             raise ValueError(f"field {name!r} is {what}")
         text.encode()  # half of a surrogate pair is a ValueError here, not a crash of the tokenizer in mid-run
-    solution, mark, answer = texts["answer"].rpartition("####")
+    _, mark, answer = texts["answer"].rpartition("####")
     if "question" in texts and not (mark and answer.strip()):
         raise ValueError("field 'answer' does not end in '#### ANSWER', and there is no field 'problem'")
     return Problem(*(text.strip() for text in (*texts.values(), *[answer] * ("question" in texts))))
@@ -131,7 +131,7 @@ def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], d
             continue
         try:
             problem = read_row(row)
-            size = len(problem.question.encode())  # a token spells at least a byte and, to be sure, at most 64
+            size = len(problem.question.encode())  # a token spells 1 to 64 bytes: tokenise only what might not fit
             prompt = FORMATS[cfg.prompts].student(problem.question)
             if size > 64 * room or size > room // 2 and len(chat.encode(prompt)) > room:
                 raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens "
@@ -277,7 +277,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
     """A frozen chat model, from a folder or the hub. A Refusal says why a model can't be used, in one line."""
     name = str(toy_world()) if name == "toy" else name
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(own_gpu if device == "auto" else device)
+    try:
+        device = torch.empty(0, device=own_gpu if device == "auto" else device).device
+    except (AssertionError, RuntimeError) as error:
+        raise Refusal(f"argument --device: {device} is not there ({str(error).splitlines()[0][:100]})") from None
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     load = lambda **where: (transformers.AutoTokenizer.from_pretrained(name, **where),
                             transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **where))
@@ -372,6 +375,9 @@ Notes, for checking only: {solution}
 """
 
 # Two worked examples, as turns of the conversation: a mistake (case D) and a trace that breaks off (case C).
+# Tried and given up, on SmolLM2-135M-Instruct as critic of its own GSM8K attempts, greedy, 6 attempts each:
+# - the two examples inside one long message: 0 of 6 replies had steps and an answer; it went on with the list of cases.
+#   The same examples as turns: 3 of 6.
 EXAMPLES = [
     {
         "problem": "Tom buys 3 pens at $2 each and a book at $5. What does he pay?",
@@ -425,12 +431,12 @@ def critic_task(problem: str, attempt: str, solution: str | None) -> str:
 
 
 def steps_find(text: str) -> list[str]:
-    return [body.strip() for _, body in re.findall(r"<step_(\d+)>(.*?)</step_\1>", text, re.DOTALL)]
+    return [body.strip() for _, body in re.findall(r"<step_(\d+)>((?:(?!<step_).)*?)</step_\1>", text, re.DOTALL)]
 
 
 def steps_trace(reply: str) -> str | None:
     found = re.search(r"<step_\d+>.*</answer>", reply, re.DOTALL)  # without "Here is the mended trace:"
-    numbers = [int(n) for n in re.findall(r"<step_(\d+)>.*?</step_\1>", found[0], re.DOTALL)] if found else []
+    numbers = [int(n) for n in re.findall(r"<step_(\d+)>(?:(?!<step_).)*?</step_\1>", found[0], re.DOTALL)] if found else []
     return found[0] if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
 
 
@@ -481,10 +487,6 @@ def strip_thinking(text: str) -> str:
     """Drop `<think>…</think>`; the opening may stand in the template, and a thought that was cut off never closes."""
     return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).split("</think>")[-1].strip()
 
-# Tried and given up, on SmolLM2-135M-Instruct as critic of its own GSM8K attempts, greedy, 6 attempts each:
-# - the two examples inside one long message: 0 of 6 replies had steps and an answer; it went on with the list of cases.
-#   The same examples as turns: 3 of 6.
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. A critic behind a URL.
@@ -525,7 +527,7 @@ class HTTPCritic:
         4xx is not. A reply can be anything, so any exception that reading it raises is a failure of that reply."""
         for k in range(self.tries):
             up = [url for url in self.urls if self.back[url] <= time.monotonic()]
-            time.sleep(k and not up[1:] and self.pause * 2 ** (k - 1))
+            time.sleep(k and not up and self.pause * 2 ** (k - 1))  # at once where another server stands
             url = (up or self.urls)[next(self.turn) % len(up or self.urls)]
             try:
                 return self.post(url, messages)
@@ -540,10 +542,10 @@ class HTTPCritic:
     def post(self, url: str, messages: list[dict]) -> Reply:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_new_tokens}
         headers = {"Content-Type": "application/json"}
-        # read here and kept nowhere: no config, log or message holds it; http.client would quote one with a line end
-        if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
-            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        # read here and kept nowhere: no config, log, message or redirection holds it; an error would quote a line end
+        if key := "".join(os.environ.get("OPENAI_API_KEY", "").split()):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = json.loads(response.read())
         choice, usage = reply["choices"][0], reply.get("usage") or {}
@@ -648,7 +650,7 @@ class ToyLanguage:
             kept = [(keeps(s[0], o[0]), keeps(s[1], o[1])) for s, o in zip(shown, own)]
             if self.rng.random() >= self.SLIPS:
                 return toy_teacher(problem, context), "", self.trace(problem, right, kept)
-            # a reader who has slipped carries on from the own number, as it would have alone
+            # a reader who has slipped carries on from its own number, as it would have alone
             k = self.rng.randrange(self.LENGTH)
             slip = self.rng.choice([value for value in range(10) if value != right[k]])
             reply = self.trace(problem, self.values(problem, misread=True, start=[*right[:k], slip]), kept)
@@ -721,7 +723,7 @@ def pretrain_toy(model, tokenizer, language: ToyLanguage, held_out: set[str], st
 def toy_world(steps: int = TOY_STEPS, root: Path = Path("runs/.toy")) -> Path:
     """The toy's folder: model, tokenizer, problems.jsonl. Built on first use; its name is a hash of what shapes it."""
     makers = (ToyLanguage, *FORMATS["toy"], toy_tokenizer, toy_loss, pretrain_toy, toy_world)
-    source = "".join(map(inspect.getsource, makers)) + f"{TOY_MODEL} {TOY_JOBS} {TOY_PROBLEMS} {steps}"
+    source = "".join(map(inspect.getsource, makers)) + f"{TOY_MARKS} {TOY_MODEL} {TOY_JOBS} {TOY_PROBLEMS} {steps}"
     key = hashlib.sha256(f"{source} {torch.__version__} {transformers.__version__}".encode()).hexdigest()[:12]
     if (root / key).exists():
         return root / key

@@ -33,13 +33,15 @@ import sd
 # ------------------------------------------------------------------------------------------------------------
 # 1. Sample, score, compare.
 
-METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}  # name: shown times
+METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}  # name: factor for display
 SEED = 1_000_003  # of every evaluation, so that base and runs draw from the same uniforms; not a training seed
 
 
-def evaluate(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config, seed: int = SEED) -> list[list[dict]]:
-    """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}."""
-    rollouts = sd.attempt(chat, sd.share(list(enumerate(problems))), cfg, cfg.eval_samples, seed)
+def evaluate(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config, numbers=None) -> list[list[dict]]:
+    """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}.
+    A problem's draws follow from SEED and its number, by default its place in the list."""
+    numbered = list(zip(range(len(problems)) if numbers is None else numbers, problems))
+    rollouts = sd.attempt(chat, sd.share(numbered), cfg, cfg.eval_samples, SEED)
     records = [
         {
             "text": r.text, "answer": texts.extract_answer(r.text), "correct": bool(r.reward),
@@ -131,13 +133,13 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
             if getattr(cfg, name) != getattr(base, name):
                 raise texts.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
     base = replace(base, eval_samples=samples or base.eval_samples)
+    out.mkdir(parents=True, exist_ok=True)
     chat = texts.load_model(base.model, base.dtype, base.device)
     problems = sd.load_problems(base, chat).test[:count]
     attempts = {"base": evaluate(chat, problems, base)}
     del chat
     for folder, (cfg, weights) in runs.items():
         attempts[folder] = evaluate(trained(cfg, weights), problems, base)
-    out.mkdir(parents=True, exist_ok=True)
     with open(out / "eval.jsonl", "w", encoding="utf-8") as file:
         for name, rows in attempts.items():
             for problem, own in zip(problems, rows):
@@ -209,9 +211,8 @@ def advantages(
 @torch.no_grad()
 def alternatives(chat: texts.Chat, rollout: sd.Rollout, context: str, cfg: sd.Config) -> list[str]:
     """The teacher's three likeliest tokens at each position, in words."""
-    rollout.context = context
-    (packed,) = sd.pack(chat, [rollout], replace(cfg, condition="critique"))
-    hidden = sd.response_hidden(chat, [packed.teacher_prompt], [rollout.sample.ids])
+    prompt = sd.teacher_prompt(chat, rollout.problem.question, context, cfg)
+    hidden = sd.response_hidden(chat, [prompt], [rollout.sample.ids])
     words = []
     for rows in hidden.split(cfg.kl_chunk):
         top = sd.log_softmax_of(rows, chat.head, cfg.temperature).exp().topk(3)
@@ -261,7 +262,7 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
         for style in texts.STYLES
     }
     contexts["reference"] = [r.problem.solution for r in rollouts]
-    found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
+    found = {name: advantages(chat, rollouts, written, cfg) for name, written in contexts.items()}
     having = lambda names: [i for i in range(len(rollouts)) if all(found[name][i] is not None for name in names)]
     whole = having(found)  # all contexts are measured on the same attempts
     mended, places = contexts["critique (copy)"], [None] * len(rollouts)
@@ -418,7 +419,7 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
         command += ["--eval-every", str(max(1, cfg.steps // 10))]
     if (folder / "checkpoint.pt").exists():
         state = sd.load_checkpoint(folder / "checkpoint.pt")
-        for name in sd.asdict(cfg).keys() - sd.RESUMABLE - {"eval_every"}:
+        for name in vars(cfg).keys() - sd.RESUMABLE - {"eval_every"}:
             if getattr(state["config"], name) != getattr(cfg, name):
                 raise texts.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
         if state["step"] == cfg.steps:
@@ -594,16 +595,17 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
     chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     rows, dropped = texts.read_problems(cfg, chat)
     how = {name: getattr(cfg, name) for name in ("model", "prompts", "temperature", "max_new_tokens", "eval_samples")}
+    out.parent.mkdir(parents=True, exist_ok=True)
     kept = Path(f"{out}.scores.jsonl")
     entries = [entry for _, entry in texts.read_rows(kept)] if kept.exists() else []  # a line cut by a kill is no dict
     known = {e["problem"]: e["avg"] for e in entries if isinstance(e, dict) and e.get("how") == how}
-    todo = [(key, problem) for key, (problem, _) in rows.items() if key not in known]
+    todo = [(i, key, problem) for i, (key, (problem, _)) in enumerate(rows.items()) if key not in known]
     at_once = max(1, cfg.sample_batch // samples)
     with open(kept, "a", encoding="utf-8") as file:
         file.write("\n")
         for start in tqdm(range(0, len(todo), at_once), desc="problems", unit_scale=at_once, disable=None):
-            part = todo[start : start + at_once]
-            for (key, _), own in zip(part, evaluate(chat, [problem for _, problem in part], cfg, seed=SEED + start)):
+            numbers, keys, problems = zip(*todo[start : start + at_once])
+            for key, own in zip(keys, evaluate(chat, problems, cfg, numbers)):
                 known[key] = float(np.mean([a["correct"] for a in own]))
                 file.write(json.dumps({"problem": key, "avg": known[key], "how": how}) + "\n")
             file.flush()
@@ -628,9 +630,9 @@ def opening(chat: texts.Chat, problems: sd.Split) -> str:
 
 def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
     """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
-    find, critique = texts.FORMATS[cfg.prompts].steps, cfg.condition == "critique"
+    find, critique = texts.FORMATS[cfg.prompts].steps, cfg.condition not in ("reference", "grpo")
     scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
-    copied = [step in find(r.text) for r in scored if critique for step in find(r.context)]
+    copied = [step in own for r in scored if critique for own in [find(r.text)] for step in find(r.context)]
     groups = np.array([r.reward for r in rollouts]).reshape(-1, cfg.attempts_per_problem)
     sums = {
         "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
@@ -777,6 +779,9 @@ def main(argv: list[str] | None = None) -> int:
     except texts.Refusal as refusal:
         print(f"eval.py: {texts.printable(str(refusal))}", file=sys.stderr)
         return 2
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"eval.py: {texts.printable(str(error))[:300]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("eval.py: stopped; --reproduce and --filter go on where they were", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Self-distillation from critique, in one file (the method of arXiv 2606.11173).
+"""Self-distillation from critique, the method of arXiv 2606.11173 in one file.
 
 A solver attempts a problem. A frozen critic answers with the solver's own trace, copied step by step and mended at
 the first failure. The same network that also reads this critique is the teacher, and the solver learns to match the
@@ -35,6 +35,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -84,7 +85,7 @@ class Config:
     critic_max_new_tokens: int = knob(0, "cap of a critique, tokens; 0: twice an attempt's (untuned)", low=0)
     critic_parallel: int = knob(16, "http requests at once (untuned)", low=1)
     critic_timeout: float = knob(600.0, "seconds for one http reply (untuned)", low=0.01)
-    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: [*LOSSES][:3])
+    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token", lambda: [k for k in LOSSES if k != "grpo"])
     stop_at_first_edit: bool = knob(False, "critique only: score no token past the first mended one (ours)")
     teacher_thinking: bool = knob(False, "teacher's template thinks, student's does not (paper: yes)")
     max_prompt_tokens: int = knob(0, "cap of the teacher's prompt, tokens; 0: the model's window", low=0)
@@ -101,7 +102,7 @@ class Config:
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
     gradient_checkpointing: bool = knob(True, "recompute activations in backward; memory, not results")
-    dtype: str = knob("auto", "of frozen weights; auto: bfloat16 on CUDA", lambda: ("auto", *DTYPES))
+    dtype: str = knob("auto", "of frozen weights; auto: bfloat16 on CUDA", lambda: ("auto", "bfloat16", "float16", "float32"))
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
     eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
     patience: int = knob(0, "evaluations in a row without a new best that end the run; 0: off", low=0)
@@ -123,7 +124,6 @@ class Config:
         return 1 if self.teacher else self.group_size
 
 
-DTYPES = ("bfloat16", "float16", "float32")
 PRESETS = {
     "toy": dict(
         model="toy", data="toy", prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16,
@@ -135,7 +135,7 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes: one, or many under torchrun. With one, each of these hands back what it was given: read on at 1.
+# Processes: one, or many under torchrun. With one, none of these does a thing: read on at 1.
 
 
 def rank() -> int:
@@ -147,7 +147,8 @@ def join() -> None:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(hours=2))
         if rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -182,12 +183,12 @@ def sum_gradients(weights: list[nn.Parameter]) -> None:
 
 
 def leader(function: Callable) -> Callable:
-    """Of a procedure that one process does for all."""
+    """Decorator: rank 0 runs the procedure, for all; it returns None."""
     return functools.wraps(function)(lambda *args: None if rank() else function(*args))
 
 
 def leader_first(make: Callable):
-    """make(), by the leader and then by the others: what it builds or fetches, they find."""
+    """make() on rank 0, then on the others, which find what it built or fetched."""
     made = None if rank() else make()
     if dist.is_initialized():
         dist.barrier()
@@ -503,12 +504,15 @@ def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
 def first_edit(chat: Chat, ids: list[int], critique: str) -> int:
     """Index of the first response token at which the critique departs from the attempt; len(ids) if it never does.
 
-    Compares text, so it holds for any tokenizer; searches by halves, so it decodes log T prefixes and not T.
+    Compares text, so it holds for any tokenizer; searches by halves, so it decodes log T prefixes and not T. A critique
+    begins at its first step tag: what the attempt says before its own counts as copied.
     """
+    tag = re.match(r"<step_\d+>", critique)
+    lead = max(0, chat.decode(ids).find(tag[0])) if tag else 0
     low, high = 0, len(ids)  # the first `low` tokens are copied, the first high + 1 are not
     while low < high:
         middle = (low + high + 1) // 2
-        copied = chat.decode(ids[:middle]).lstrip().rstrip("\ufffd")  # \ufffd: a letter cut between two tokens
+        copied = chat.decode(ids[:middle])[lead:].lstrip().rstrip("\ufffd")  # \ufffd: a letter cut between two tokens
         low, high = (middle, high) if critique.startswith(copied) else (low, middle - 1)
     return low
 
@@ -597,17 +601,19 @@ LOSSES = {"student||teacher": kl_student_teacher, "teacher||student": kl_teacher
 
 def log_softmax_of(h: Tensor, lm_head: Tensor, temperature: float, z: Tensor | None = None,
                    out: Tensor | None = None) -> Tensor:
-    """log softmax(h Wᵀ / temperature), (rows, V), through the buffers z and out, which may be one, if they are given.
-    float32 from the logits on: a bfloat16 log-softmax over 150,000 entries makes small divergences negative."""
+    """log softmax(h Wᵀ / temperature), (rows, V). The buffers z and out, if given, may be the same tensor. float32 from
+    the logits on: a bfloat16 log-softmax over 150,000 entries makes small divergences negative."""
     z = torch.addmm(h.new_zeros(1), h, lm_head.T, beta=0, alpha=1 / temperature, out=z)
+    if out is not None and out.dtype != z.dtype:  # else log_softmax makes a float32 copy of its own
+        z = out.copy_(z)
     return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32), out=out)
 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_student, h_teacher, lm_head, row_weight, ids, advantage, loss, temperature, chunk):
+    def forward(ctx, h_student, h_teacher, lm_head, row_weight, ids, advantage, kl, temperature, chunk):
         N, V, wide = len(h_student), len(lm_head), torch.promote_types(h_student.dtype, torch.float32)
-        mixed = h_student.dtype != wide  # if not, logits turn into log-softmaxes and those into gradients in place
+        mixed = h_student.dtype != wide  # if not, logits become log-softmaxes, and those the gradient, in place
         z = h_student.new_empty(min(chunk, N), V)  # the buffers of one chunk: nothing of size (N, V) exists
         log_p = torch.empty_like(z, dtype=wide) if mixed else z
         log_q = None if h_teacher is None else torch.empty_like(log_p)
@@ -617,7 +623,7 @@ class FusedLoss(torch.autograd.Function):
             rows, n = slice(start, start + chunk), min(chunk, N - start)
             q = None if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z_q[:n], log_q[:n])
             p = log_softmax_of(h_student[rows], lm_head, temperature, z[:n], log_p[:n])
-            per_row[rows] = LOSSES[loss](p, q, ids[rows], advantage[rows], z[:n])
+            per_row[rows] = LOSSES[kl](p, q, ids[rows], advantage[rows], z[:n])
             grad[rows] = (row_weight[rows, None] / temperature) * (z[:n] @ lm_head)
         ctx.save_for_backward(grad)
         loss, per_row = (row_weight * per_row).sum(), per_row.float()
@@ -648,8 +654,8 @@ def fused_loss(h_student: Tensor, h_teacher: Tensor | None, lm_head: Tensor, row
 # 8. Step.
 
 
-def micro_loss(chat: Chat, rollouts: list[Rollout], total: int, cfg: Config) -> Tensor:
-    """This micro-batch's share of the step's loss, eq (1); in grpo of −A log π, whose importance ratio is 1.
+def micro_loss(chat: Chat, rollouts: list[Rollout], total: float, cfg: Config) -> Tensor:
+    """This micro-batch's share of the step's loss: D of eq (1), or −A log π in grpo, whose importance ratio is 1.
 
     One denominator, `total`, the step's scored tokens: a mean of means, over rollouts or micro-batches, would weigh a
     token by the company it keeps.
@@ -678,20 +684,26 @@ def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Roll
     norm = nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm or math.inf).item()
     if not math.isfinite(loss + norm):  # score the rows one by one, to name the first that is to blame
         bad = (i for i, r in enumerate(rollouts) if not math.isfinite(backward(chat, optimizer, [r], total, cfg)
-               + sum(p.grad.abs().sum().item() for p in weights)))  # fmt: skip
+               + sum(p.grad.abs().sum().item() for p in weights if p.grad is not None)))  # fmt: skip
         raise FloatingPointError(f"row {next(bad, 'of another process')}: loss {loss}, gradient norm {norm}")
     optimizer.step()
     return {"loss": loss, "kl": loss if cfg.teacher else 0.0, "grad_norm": norm}
 
 
 def backward(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], total: int, cfg: Config) -> float:
-    """Fill the gradients, micro-batch by micro-batch. Returns the loss."""
+    """Fill the gradients, micro-batch by micro-batch. Returns the loss.
+
+    float16 cannot hold the gradients of a loss over 65,536 tokens. So they flow times a power of two near `total`, which
+    rounds nothing, and are divided again in float32.
+    """
     optimizer.zero_grad()
-    loss_sum = 0.0
+    scale, loss_sum = 2.0 ** round(math.log2(total)), 0.0
     for start in range(0, len(rollouts), cfg.micro_batch):
-        loss = micro_loss(chat, rollouts[start : start + cfg.micro_batch], total, cfg)
+        loss = micro_loss(chat, rollouts[start : start + cfg.micro_batch], total / scale, cfg)
         loss.backward()
-        loss_sum += loss.item()
+        loss_sum += loss.item() / scale
+    for p in adapters(chat.model).values():
+        p.grad = None if p.grad is None else p.grad / scale
     return loss_sum
 
 
@@ -713,7 +725,7 @@ def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[T
 
 
 def load_checkpoint(path: Path) -> dict:
-    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it could run code,
+    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it can run code,
     and its config is checked as a command line is."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -753,6 +765,7 @@ class Run:
         make_folder(self.folder)
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
         self.log({"config": asdict(cfg), "versions": versions, "grader": grader()})
+        self.save()
 
     @leader
     def log(self, entry: dict) -> None:
@@ -772,12 +785,12 @@ class Run:
         try:
             load_adapters(self.chat.model, state["adapters"])
             self.optimizer.load_state_dict(state["optimizer"])
+            # steps past the checkpoint will be written again; a kill may have cut a line
+            lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
+            kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= state["step"]]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Refusal(f"{self.folder}/checkpoint.pt does not fit ({type(error).__name__}); train anew") from None
+            raise Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
         self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
-        # steps past the checkpoint will be written again; a kill may have cut a line
-        lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
-        kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= self.step]
         write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
 
     @leader
@@ -796,13 +809,12 @@ class Run:
 @leader
 def make_folder(folder: Path) -> None:
     """A new run folder; an old run is moved aside, never overwritten."""
-    old_run = (folder / "log.jsonl").exists()
-    if folder.exists() and not old_run and not (folder.is_dir() and not any(folder.iterdir())):
-        raise Refusal(f"--out {folder} is there and is no run folder; name another")
-    if old_run:
+    if (folder / "log.jsonl").exists():
         old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
         folder.rename(old)
         print(f"{folder} was there; moved to {old}")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise Refusal(f"--out {folder} is there and is no run folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -848,7 +860,8 @@ def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[list[bool]]:
-    """Inside, the first Ctrl-C only fills the list, so that the step in flight is finished and saved."""
+    """Inside, the first Ctrl-C only fills the list, so that the step in flight is finished and saved (torchrun waits for
+    it only as long as its --shutdown-timeout says)."""
     pressed: list[bool] = []
 
     def handler(*_):
@@ -856,7 +869,8 @@ def deferred_interrupt() -> Iterator[list[bool]]:
             print(f"sd.py: {STOPPED}", file=sys.stderr)
             os._exit(130)
         pressed.append(True)
-        print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+        if not rank():
+            print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, handler)
     try:
@@ -874,8 +888,8 @@ def train(cfg: Config) -> None:
 
     chat = leader_first(lambda: load_model(cfg.model, cfg.dtype, cfg.device))
     problems = load_problems(cfg, chat)
-    asked = cfg if cfg.condition == "critique" else replace(cfg, critic="self")  # no 32B model for nobody to ask
-    critic = load_critic(asked, chat)
+    # reference and grpo ask no critic, so none is loaded
+    critic = load_critic(replace(cfg, critic="self") if cfg.condition in ("reference", "grpo") else cfg, chat)
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -978,7 +992,7 @@ def refuse(message: str):
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    code, cfg = 1, None
+    code = 1
     try:
         cfg, why = parse_config(argv)
         join()
@@ -990,13 +1004,13 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         message = "out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk and add --resume"
     except OSError as error:  # disk full, folder not writable
-        message = f"{error}; mend it, then add --resume"
+        message = f"{error}; mend it, then add --resume, if the run had begun"
     except FloatingPointError as error:
-        message = f"not finite in {error}; nothing was updated. Lower --lr? --resume goes on from the last good checkpoint"
+        message = f"not finite in {error}; nothing was updated, and the last checkpoint is good. Train anew with a lower --lr?"
     except KeyboardInterrupt:
         code, message = 130, STOPPED
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if not (dist.is_initialized() and re.search("gloo|NCCL|Connection", str(error))):
             raise
         reason = str(error).split("\n")[0][:150]
         message = f"another process of this run has ended ({reason}); --resume goes on, with any number of them"
