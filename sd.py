@@ -20,7 +20,7 @@ The equations, with p = student and q = teacher over the vocabulary at one token
 
 Shapes: B rollouts, T response tokens of one, N scored tokens of a micro-batch, D hidden width, V vocabulary.
 
-  python sd.py --condition critique                              no GPU, no hub: a toy world, in about a minute
+  python sd.py --condition critique                              no GPU, no hub: a toy world, in a minute or two
   python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
   python eval.py runs/critique runs/reference runs/grpo          the table
 """
