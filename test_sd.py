@@ -364,10 +364,10 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_all_move(folder):
 
 def test_float16_gradients_do_not_underflow(folder):
     """Fails if 1 / (tokens of a step) enters a float16 gradient, which holds nothing under 6e-8."""
-    found = {}
+    found, rollouts = {}, []
     for dtype in ("float32", "float16"):
         chat, cfg = sd.load_model(str(folder), dtype), config(condition="grpo")
-        rollouts = rollouts_of(chat, cfg, n=2) if dtype == "float32" else rollouts
+        rollouts = rollouts or rollouts_of(chat, cfg, n=2)
         rollouts[0].advantage, rollouts[1].advantage = 1.0, -1.0
         optimizer = torch.optim.SGD(sd.adapters(adapt(chat, cfg).model).values(), lr=0.0)
         sd.backward(chat, optimizer, rollouts, 1 << 20, cfg)
@@ -646,8 +646,14 @@ class Server(BaseHTTPRequestHandler):
         }.get(how, json.dumps(good))
         self.send_response(int(how) if how.isdigit() else 200)
         self.send_header("Content-Length", str(len(text) * (2 if how == "half" else 1)))
+        if how == "302":
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def do_GET(self):
+        self.server.calls.append((self.path, None, self.headers.get("Authorization")))
+        self.send_error(404)
 
     def log_message(self, *_):
         pass
@@ -684,6 +690,14 @@ def test_the_api_key_is_sent_and_kept_nowhere(server, monkeypatch, folder, tmp_p
     assert server.calls[0][2] == "Bearer sk-secret"
     written = "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
     assert "sk-secret" not in written + "".join(capfd.readouterr())
+
+
+def test_the_api_key_follows_no_redirection(server, monkeypatch):
+    """Fails if a server can pass the key on to another address."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    critic = sd.HTTPCritic([f"http://127.0.0.1:{server.server_address[1]}/v1"], "302", 9, parallel=1, timeout=1.0)
+    assert critic([[critic_prompts.user("x")]])[0].text is None
+    assert [call[2] for call in server.calls] == ["Bearer sk-secret", None]
 
 
 # ---- model
@@ -1019,6 +1033,15 @@ def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, folder, monkeypatch):
     assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3 == log_of(tmp_path / "run")[-1]["step"]
 
 
+def test_a_run_can_go_on_from_its_first_moment(tmp_path, folder, monkeypatch):
+    """Out of memory in step 1, say. Fails if the advice to add --resume finds no checkpoint."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sd, "take_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2") == 1
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2", "--resume", "--micro-batch", "1") == 0
+    assert log_of(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_a_critic_that_only_fails_stops_the_run_with_its_checkpoint(tmp_path, folder, capsys):
     """The tiny model writes no critiques. Fails if such a run goes on, silently, without training."""
     assert run_in(tmp_path, folder, "--condition", "critique", "--steps", "9") == 2
@@ -1050,7 +1073,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
     (["--kl", "backward"], "--kl"), (["--model", "/nowhere"], "/nowhere"), (["--model", "no/such-model"], "no/such-model"),
     (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "hub:a/b/c.json", "--preset", "toy"], "hub:a/b/c.json"), (["--steps", "-1"], "--steps"),
     (["--condition", "grpo", "--attempts-per-step", "9"], "--group-size"), (["--nonsense"], "--nonsense"), (["--critic", "http://x/v1"], "--critic-model"),
-    (["--resume", "--out", "/nowhere"], "/nowhere"), (["--eval-every", "1", "--validation-problems", "0"], "--validation-problems"), (["--preset", "big"], "--preset"), (["--group-size", "1"], "--group-size"),
+    (["--resume", "--out", "/nowhere"], "/nowhere"), (["--eval-every", "1", "--validation-problems", "0"], "--validation-problems"), (["--preset", "big"], "--preset"), (["--device", "cud"], "--device"), (["--group-size", "1"], "--group-size"),
 ])  # fmt: skip
 def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch, toy):
     """Fails if a mistake ends in a traceback, a usage text, or a run with another value than asked for."""
