@@ -125,6 +125,7 @@ def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], d
     found, dropped, room = {}, {"duplicate": 0, "without a solution": 0, "bad": 0}, chat.window - cfg.max_new_tokens
     if room <= 0:
         raise Refusal(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a problem in the window of {chat.window}")
+    student = FORMATS[cfg.prompts].student
     for where, row in read_rows(find_data(cfg.data)):
         if isinstance(row, dict) and row.get("solution") == "":  # DeepScaleR holds many: no mistake of the user's
             dropped["without a solution"] += 1
@@ -132,8 +133,7 @@ def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], d
         try:
             problem = read_row(row)
             size = len(problem.question.encode())  # a token spells 1 to 64 bytes: tokenise only what might not fit
-            prompt = FORMATS[cfg.prompts].student(problem.question)
-            if size > 64 * room or size > room // 2 and len(chat.encode(prompt)) > room:
+            if size > 64 * room or size > room // 2 and len(chat.encode(student(problem.question))) > room:
                 raise ValueError(f"does not fit the model's window of {chat.window} tokens beside --max-new-tokens "
                                  f"{cfg.max_new_tokens}")  # fmt: skip
         except ValueError as error:
@@ -430,13 +430,16 @@ def critic_task(problem: str, attempt: str, solution: str | None) -> str:
     return CRITIC_TASK.format(problem=problem, attempt=attempt, notes=notes)
 
 
+STEP = re.compile(r"<step_(\d+)>((?:(?!<step_).)*?)</step_\1>", re.DOTALL)  # stops at the next opening tag: linear
+
+
 def steps_find(text: str) -> list[str]:
-    return [body.strip() for _, body in re.findall(r"<step_(\d+)>((?:(?!<step_).)*?)</step_\1>", text, re.DOTALL)]
+    return [body.strip() for _, body in STEP.findall(text)]
 
 
 def steps_trace(reply: str) -> str | None:
     found = re.search(r"<step_\d+>.*</answer>", reply, re.DOTALL)  # without "Here is the mended trace:"
-    numbers = [int(n) for n in re.findall(r"<step_(\d+)>(?:(?!<step_).)*?</step_\1>", found[0], re.DOTALL)] if found else []
+    numbers = [int(n) for n, _ in STEP.findall(found[0])] if found else []
     return found[0] if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
 
 

@@ -630,7 +630,7 @@ def opening(chat: texts.Chat, problems: sd.Split) -> str:
 
 def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
     """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
-    find, critique = texts.FORMATS[cfg.prompts].steps, cfg.condition not in ("reference", "grpo")
+    find, critique = texts.FORMATS[cfg.prompts].steps, cfg.asks_critic
     scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
     copied = [step in own for r in scored if critique for own in [find(r.text)] for step in find(r.context)]
     groups = np.array([r.reward for r in rollouts]).reshape(-1, cfg.attempts_per_problem)

@@ -120,6 +120,10 @@ class Config:
         return CONDITIONS[self.condition] is not None
 
     @property
+    def asks_critic(self) -> bool:
+        return self.condition not in ("reference", "grpo")
+
+    @property
     def attempts_per_problem(self) -> int:
         return 1 if self.teacher else self.group_size
 
@@ -496,7 +500,7 @@ def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
         if r.teacher_prompt and not cfg.teacher_thinking:  # else token 0 would differ, whatever the context says
             n = chat.header_length
             assert r.teacher_prompt[-n:] == r.prompt[-n:], "prompts end in different generation headers"
-        if r.teacher_prompt and cfg.stop_at_first_edit and cfg.condition == "critique":
+        if r.teacher_prompt and cfg.stop_at_first_edit and cfg.asks_critic:
             r.scored_length = first_edit(chat, r.sample.ids, r.context) + 1
     return [r for r in rollouts if r.teacher_prompt]
 
@@ -888,8 +892,7 @@ def train(cfg: Config) -> None:
 
     chat = leader_first(lambda: load_model(cfg.model, cfg.dtype, cfg.device))
     problems = load_problems(cfg, chat)
-    # reference and grpo ask no critic, so none is loaded
-    critic = load_critic(replace(cfg, critic="self") if cfg.condition in ("reference", "grpo") else cfg, chat)
+    critic = load_critic(cfg if cfg.asks_critic else replace(cfg, critic="self"), chat)  # load none that nobody asks
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})

@@ -52,10 +52,8 @@ def folder(tmp_path_factory):
     """A chat model folder as any other, and problems beside it."""
     path = tmp_path_factory.mktemp("tiny")
     model, tokenizer = tiny_model()
-    model.generation_config.do_sample, model.generation_config.top_k = (
-        True,
-        1,
-    )  # a hub model's sampling defaults, which must not reach our sampler
+    # a hub model's sampling defaults, which must not reach our sampler
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     language = critic_prompts.ToyLanguage(seed=1)
@@ -730,38 +728,23 @@ def without_end(model, tokenizer):
     tokenizer.eos_token = None
 
 
+SMALL = dict(
+    vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0
+)
+
+
 def gemma(model, tokenizer):
-    small = dict(
-        vocab_size=24,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        eos_token_id=0,
-    )
-    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small)), tokenizer
+    return transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(num_key_value_heads=1, head_dim=8, **SMALL)
+    ), tokenizer
 
 
 def cohere(model, tokenizer):
-    small = dict(
-        vocab_size=24,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=0,
-    )
-    return transformers.CohereForCausalLM(transformers.CohereConfig(**small)), tokenizer
+    return transformers.CohereForCausalLM(transformers.CohereConfig(num_key_value_heads=1, **SMALL)), tokenizer
 
 
 def phi(model, tokenizer):
-    small = dict(
-        vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0
-    )
-    return transformers.PhiForCausalLM(transformers.PhiConfig(**small)), tokenizer
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL)), tokenizer
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1106,26 +1089,21 @@ def test_help_names_every_knob_with_its_default(capsys):
 # ---- safe: what can fail, fails with one line and an intact checkpoint
 
 
+def torchrun(tmp_path, *arguments) -> list[str]:
+    """The command that runs run_in(*arguments) in two processes."""
+    (tmp_path / "run.py").write_text(RUN_IN)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*two, str(tmp_path / "run.py"), *map(str, arguments)]
+
+
 def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
     """Under torchrun on gloo. Fails if a process draws other random numbers, divides by its own token count, sees other
     rewards in its groups, or its gradient is left out; equal up to the order of float32 sums."""
-    (tmp_path / "run.py").write_text(RUN_IN)
     for condition in ("grpo", "reference"):
         flags = [str(folder), "--condition", condition, "--steps", "3", "--eval-every", "2", "--show-every", "1"]
         one, two = tmp_path / f"{condition}1", tmp_path / f"{condition}2"
         assert run_in(one, folder, *flags[1:]) == 0
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "run.py"),
-            str(two),
-            *flags,
-        ]
-        done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(torchrun(tmp_path, two, *flags), capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("step    2/3") == 1
         for a, b in zip(log_of(one / "run"), log_of(two / "run"), strict=True):
@@ -1141,21 +1119,9 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
 
 def test_ctrl_c_under_torchrun_saves_the_same_step_everywhere(tmp_path, folder):
     """Fails if the step in flight is lost, if one process stops without the other, or if the run can't go on."""
-    (tmp_path / "run.py").write_text(RUN_IN)
     flags = ["--condition", "grpo", "--show-every", "0", "--save-every", "0", "--final-problems", "0"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(tmp_path / "run.py"),
-        str(tmp_path),
-        str(folder),
-    ]
     with subprocess.Popen(
-        [*torchrun, *flags, "--steps", "100000"],
+        torchrun(tmp_path, tmp_path, str(folder), *flags, "--steps", "100000"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -1196,23 +1162,8 @@ def test_a_critic_server_that_is_killed_half_way_costs_no_step(tmp_path, folder,
 
     monkeypatch.setattr(sd, "take_step", killing)
     urls = ",".join(f"http://127.0.0.1:{s.server_address[1]}/v1" for s in (server, second))
-    assert (
-        run_in(
-            tmp_path,
-            folder,
-            "--condition",
-            "critique",
-            "--critic",
-            urls,
-            "--critic-model",
-            "good",
-            "--steps",
-            "4",
-            "--show-every",
-            "0",
-        )
-        == 0
-    )
+    flags = ["--critic", urls, "--critic-model", "good", "--steps", "4", "--show-every", "0"]
+    assert run_in(tmp_path, folder, "--condition", "critique", *flags) == 0
     assert [line["scored"] for line in log_of(tmp_path / "run") if "scored" in line] == [4] * 4
     assert second.calls and len(server.calls) + len(second.calls) == 16
 
@@ -1315,14 +1266,18 @@ def test_a_broken_checkpoint_is_one_line(tmp_path, folder, capfd, change):
     assert error.count("\n") == 1 and "train the run anew" in error and not Path("/tmp/owned").exists()
 
 
+def tamper(path: Path, **changes) -> None:
+    """Changes the config in a checkpoint."""
+    state = torch.load(path, weights_only=True)
+    state["config"] |= changes
+    torch.save(state, path)
+
+
 @pytest.mark.parametrize("field, value", [("temperature", -1.0), ("kl", "../secret"), ("lora_rank", "4")])
 def test_a_checkpoints_config_is_checked_as_a_command_line_is(tmp_path, folder, capfd, field, value):
     """Fails if eval.py runs with what a file says, however wrong."""
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
-    path = tmp_path / "run/checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    state["config"][field] = value
-    torch.save(state, path)
+    tamper(tmp_path / "run/checkpoint.pt", **{field: value})
     capfd.readouterr()
     assert evaluation.main([str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
@@ -1333,14 +1288,8 @@ def test_a_checkpoint_cannot_send_the_key_to_its_own_address(tmp_path, folder, s
     """Fails if --resume or --tokens asks the http critic that a file names."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     assert run_in(tmp_path, folder, "--condition", "reference", "--steps", "1") == 0
-    path = tmp_path / "run/checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    state["config"] |= {
-        "condition": "critique",
-        "critic": f"http://127.0.0.1:{server.server_address[1]}/v1",
-        "critic_model": "good",
-    }
-    torch.save(state, path)
+    address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    tamper(tmp_path / "run/checkpoint.pt", condition="critique", critic=address, critic_model="good")
     assert sd.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]) == 2
     assert evaluation.main(["--tokens", str(tmp_path / "run")]) == 2
     assert capfd.readouterr().err.count("--critic") == 2 and not server.calls
@@ -1608,7 +1557,7 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
 
 # ---- benchmark: python test_sd.py [FOLDER OF A REAL MODEL]
 #
-# Ratios of forms that are timed in turn in this very run, median of 5 rounds; peak memory of each in a process of its own.
+# Ratios of forms that are timed in turn in this very run, median of 5 or more rounds; peak memory of each in a process of its own.
 
 SHAPES = {
     "2,048 × 576 × 49,152": (2048, 576, 49_152, 128),
