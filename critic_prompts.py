@@ -45,6 +45,10 @@ class Refusal(Exception):
     """Something the user can mend. `main` prints it as one line and exits with 2."""
 
 
+def refuse(message: str):
+    raise Refusal(message)
+
+
 def spell(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {what}" for what, n in counts.items())
 
@@ -60,9 +64,7 @@ def progress(items=None, **options) -> tqdm:
     return tqdm(items, leave=False, delay=5, disable=True if other else None, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Problems and answers. EDIT HERE (problems and reward)
-
+# ---- 1. Problems and answers. EDIT HERE (problems and reward) ----------------------------------------------
 
 class Problem(NamedTuple):
     question: str
@@ -147,6 +149,27 @@ def read_problems(cfg, chat: "Chat") -> tuple[dict[str, tuple[Problem, dict]], d
     return found, dropped
 
 
+class Split(NamedTuple):
+    """Problems by use. No two share a normalised text, within a part or across."""
+
+    train: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+    dropped: dict[str, int]  # rows, by reason
+
+
+def load_problems(cfg, chat: "Chat") -> Split:
+    """Read and split --data. The split is a function of the texts alone: neither order nor seed moves a problem."""
+    found, dropped = read_problems(cfg, chat)
+    test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
+    if len(found) <= held_out:
+        raise Refusal(f"{cfg.data}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on "
+                      f"beside {held_out} held out; lower --test-problems and --validation-problems")  # fmt: skip
+    keys = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+    problems = [found[key][0] for key in keys]
+    return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
+
+
 def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
@@ -208,9 +231,7 @@ def grader() -> str:
     return "exact + number" + (" + math-verify" if math_verify() else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Chat: a model and its tokenizer. Nothing but ids leaves for the sampler and the loss.
-
+# ---- 2. Chat: a model and its tokenizer. Nothing but ids leaves for the sampler and the loss. --------------
 
 @dataclass
 class Chat:
@@ -314,9 +335,7 @@ def check_head(chat: Chat, name: str) -> None:
         raise Refusal(f"{name} caps, scales or biases its logits, which the fused loss does not; choose another --model")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Prompts. EDIT HERE (prompts): "steps", for chat models
-
+# ---- 3. Prompts. EDIT HERE (prompts): "steps", for chat models ---------------------------------------------
 
 FORMAT = """Write one step at a time. Put each step inside numbered tags and only the final answer inside answer tags:
 <step_1>first step</step_1>
@@ -443,9 +462,7 @@ def steps_trace(reply: str) -> str | None:
     return found[0] if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# "toy": the language of the toy world. One character is one token and each step has six.
-
+# ---- "toy": the language of the toy world. One character is one token and each step has six. ---------------
 
 def toy_student(problem: str) -> list[dict]:
     return [user(problem)]
@@ -486,14 +503,28 @@ FORMATS = {
 }
 
 
+def first_edit(chat: Chat, ids: list[int], critique: str) -> int:
+    """Index of the first response token at which the critique departs from the attempt; len(ids) if it never does.
+
+    Compares text, so it holds for any tokenizer; searches by halves, so it decodes log T prefixes and not T. A critique
+    begins at its first step tag: what the attempt says before its own counts as copied.
+    """
+    tag = re.match(r"<step_\d+>", critique)
+    lead = max(0, chat.decode(ids).find(tag[0])) if tag else 0
+    low, high = 0, len(ids)  # the first `low` tokens are copied, the first high + 1 are not
+    while low < high:
+        middle = (low + high + 1) // 2
+        copied = chat.decode(ids[:middle])[lead:].lstrip().rstrip("\ufffd")  # \ufffd: a letter cut between two tokens
+        low, high = (middle, high) if critique.startswith(copied) else (low, middle - 1)
+    return low
+
+
 def strip_thinking(text: str) -> str:
     """Drop `<think>…</think>`; the opening may stand in the template, and a thought that was cut off never closes."""
     return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).split("</think>")[-1].strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. A critic behind a URL.
-
+# ---- 4. A critic behind a URL. -----------------------------------------------------------------------------
 
 def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
@@ -558,9 +589,9 @@ class HTTPCritic:
         return Reply(None if choice.get("finish_reason") == "length" else text, int(usage.get("completion_tokens") or 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The toy world: a language with a misconception, and a model of it that is pre-trained while you wait. It becomes a
-# Hugging Face folder and a problem file; from there on, nothing knows that it is a toy.
+# ---- 5. The toy world: a language with a misconception, and a model of it that is pre-trained while you wait. ----
+#
+# It becomes a Hugging Face folder and a problem file; from there on, nothing knows that it is a toy.
 
 
 class ToyLanguage:

@@ -12,26 +12,157 @@ right. Intervals are 95 %: bootstrap over problems, or Student's t over seeds wh
 
 import argparse
 import contextlib
+import functools
 import html
 import io
+import itertools
 import json
 import math
 import os
 import sys
+import time
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import critic_prompts as texts
 import sd
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Sample, score, compare.
+# ---- 1. Run folders: what sd.py writes into OUT, and how a run goes on from it. ----------------------------
+
+def leader(function: Callable) -> Callable:
+    """Decorator: rank 0 runs the procedure, for all; it returns None."""
+    return functools.wraps(function)(lambda *args: None if sd.rank() else function(*args))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it can run code,
+    and its config is checked as a command line is."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name: state[name] for name in ("config", *Run.STATE, "adapters", "optimizer")}
+        state["config"] = sd.Config(**state["config"])
+    except FileNotFoundError:
+        raise texts.Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
+    except Exception as error:
+        reason = f"cut off, or of another version: {type(error).__name__}"
+        raise texts.Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
+    sd.check(state["config"])
+    return state
+
+
+def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    own = sd.adapters(model)
+    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in weights.items()}:
+        raise texts.Refusal("the checkpoint's adapters do not fit the model; was --model's folder changed?")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(weights[name])
+
+
+class Run:
+    """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/."""
+
+    # steps taken, position in the data, best validation score, evaluations since then
+    STATE = ("step", "seen", "best", "stale")
+
+    def __init__(self, cfg: sd.Config, chat: texts.Chat):
+        self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
+        self.optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
+        self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
+        if cfg.resume:
+            self.restore()
+            return
+        make_folder(self.folder)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+        self.log({"config": asdict(cfg), "versions": versions, "grader": texts.grader()})
+        self.save()
+
+    @leader
+    def log(self, entry: dict) -> None:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    @leader
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
+        state = {"config": asdict(self.cfg)} | {name: getattr(self, name) for name in self.STATE}
+        state["adapters"] = {name: p.detach().cpu() for name, p in sd.adapters(self.chat.model).items()}
+        torch.save(state | {"optimizer": self.optimizer.state_dict()}, file := io.BytesIO())
+        write_atomic(self.folder / name, file.getvalue())
+
+    def restore(self) -> None:
+        state = load_checkpoint(self.folder / "checkpoint.pt")
+        try:
+            load_adapters(self.chat.model, state["adapters"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            # steps past the checkpoint will be written again; a kill may have cut a line
+            lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
+            kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= state["step"]]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise texts.Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
+        self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
+        write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
+
+    @leader
+    def export(self) -> None:
+        """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights, and to
+        bfloat16 weights the sum is rounded, so that OUT/model is close to the trained policy and not equal to it."""
+        for layer in self.chat.model.modules():
+            if isinstance(layer, sd.LoRALinear):
+                layer.merge()
+        trained = sd.adapters(self.chat.model)
+        own = {name: w for name, w in self.chat.model.state_dict().items() if name not in trained}
+        self.chat.model.save_pretrained(self.folder / "model", state_dict=own)
+        self.chat.tokenizer.save_pretrained(self.folder / "model")
+
+
+@leader
+def make_folder(folder: Path) -> None:
+    """A new run folder; an old run is moved aside, never overwritten."""
+    if (folder / "log.jsonl").exists():
+        old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
+        folder.rename(old)
+        print(f"{folder} was there; moved to {old}")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise texts.Refusal(f"--out {folder} is there and is no run folder; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@leader
+def write_atomic(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+# what may change when a run goes on: nothing that shapes its numbers, but for the critic, which may need mending
+RESUMABLE = set("resume out preset steps save_every show_every final_problems export device patience critic critic_model "
+                "critic_parallel critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk "
+                "gradient_checkpointing".split())  # fmt: skip
+
+
+def resumed_config(given: dict) -> tuple[sd.Config, str]:
+    """The saved config with the given flags on top."""
+    out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
+    saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
+    for name in given.keys() - RESUMABLE:
+        if getattr(saved, name) != given[name]:
+            raise texts.Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
+                          "or --resume")  # fmt: skip
+    if texts.is_url(saved.critic) and "critic" not in given:
+        texts.refuse("argument --critic: name the http critic again; the API key goes to no address out of a file")
+    return sd.check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
+
+
+# ---- 2. Sample, score, compare. ----------------------------------------------------------------------------
 
 METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}  # name: factor for display
 SEED = 1_000_003  # of every evaluation, so that base and runs draw from the same uniforms; not a training seed
@@ -110,14 +241,14 @@ def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
 
 def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
-    state = sd.load_checkpoint(Path(folder) / checkpoint)
+    state = load_checkpoint(Path(folder) / checkpoint)
     return state["config"], state["adapters"]
 
 
 def trained(cfg: sd.Config, weights: dict) -> texts.Chat:
     chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     sd.add_adapters(chat.model, cfg)
-    sd.load_adapters(chat.model, weights)
+    load_adapters(chat.model, weights)
     return chat
 
 
@@ -135,7 +266,7 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
     base = replace(base, eval_samples=samples or base.eval_samples)
     out.mkdir(parents=True, exist_ok=True)
     chat = texts.load_model(base.model, base.dtype, base.device)
-    problems = sd.load_problems(base, chat).test[:count]
+    problems = texts.load_problems(base, chat).test[:count]
     attempts = {"base": evaluate(chat, problems, base)}
     del chat
     for folder, (cfg, weights) in runs.items():
@@ -155,9 +286,7 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Per-token advantage: the paper's argument as a picture and as numbers.
-
+# ---- 3. Per-token advantage: the paper's argument as a picture and as numbers. -----------------------------
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> dict:
     """Σ top / Σ bottom with its 95 % bootstrap interval; one entry a problem, so that its attempts stay together."""
@@ -175,7 +304,7 @@ def wrong_step(chat: texts.Chat, rollout: sd.Rollout, critique: str, fmt) -> tup
     Without steps in the attempt, its line counts as a step.
     """
     ids = rollout.sample.ids
-    edit = sd.first_edit(chat, ids, critique)
+    edit = texts.first_edit(chat, ids, critique)
     ends = [len(chat.decode(ids[: t + 1])) for t in range(len(ids))]  # of each token in the text
     text, place = chat.decode(ids), ends[edit - 1] if edit else 0
     starts, position = [], 0
@@ -198,9 +327,10 @@ def advantages(
     chat: texts.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
 ) -> list[np.ndarray | None]:
     """A_t, eq (2), of each attempt's tokens under its context; None where there is none."""
+    cfg = replace(cfg, condition="critique", stop_at_first_edit=False)
     for r, r.context in zip(rollouts, contexts):
         r.scored_length = None
-    packed = sd.pack(chat, rollouts, replace(cfg, condition="critique", stop_at_first_edit=False))
+    packed = sd.pack(chat, rollouts, cfg)
     found: dict[int, np.ndarray] = {}
     for start in texts.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
         part = packed[start : start + cfg.micro_batch]
@@ -255,7 +385,7 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
         raise texts.Refusal(f"argument --critic: pass {cfg.critic} if you trust it; the API key goes to no address out of a file")
     chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     critic, fmt, samples = sd.load_critic(cfg, chat), texts.FORMATS[cfg.prompts], samples or 4
-    problems = sd.load_problems(cfg, chat).test[: count or 50]
+    problems = texts.load_problems(cfg, chat).test[: count or 50]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, SEED)
     contexts = {
         f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0]
@@ -273,7 +403,7 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
     common = {name: [a if i in whole else None for i, a in enumerate(values)] for name, values in found.items()}
     numbers = {name: localise(rollouts, samples, values, places) for name, values in common.items()}
     grpo = sd.group_advantages([r.reward for r in rollouts], samples)
-    perfect = lambda i: sd.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
+    perfect = lambda i: texts.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
     shown = ("critique (copy)", "reference")
     telling = sorted(having(shown), key=lambda i: (grpo[i] == 0, not places[i]))  # groups with both outcomes first
     picks = [
@@ -382,8 +512,7 @@ likeliest tokens; over a name for its context.</p>
 """
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The results table: every arm gets its own learning rate from the same small sweep, then the same seeds.
+# ---- 4. The results table: every arm gets its own learning rate from the same small sweep, then the same seeds. ----
 
 ARMS = {
     "grpo": ["--condition", "grpo"],
@@ -418,8 +547,8 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     if not cfg.eval_every:
         command += ["--eval-every", str(max(1, cfg.steps // 10))]
     if (folder / "checkpoint.pt").exists():
-        state = sd.load_checkpoint(folder / "checkpoint.pt")
-        for name in vars(cfg).keys() - sd.RESUMABLE - {"eval_every"}:
+        state = load_checkpoint(folder / "checkpoint.pt")
+        for name in vars(cfg).keys() - RESUMABLE - {"eval_every"}:
             if getattr(state["config"], name) != getattr(cfg, name):
                 raise texts.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
         if state["step"] == cfg.steps:
@@ -457,7 +586,7 @@ def test_scores(folder: Path, checkpoint: str) -> dict[str, float]:
     if not kept.exists():
         cfg, weights = load_run(str(folder), checkpoint)
         chat = trained(cfg, weights)
-        result = scores(evaluate(chat, sd.load_problems(cfg, chat).test, cfg))
+        result = scores(evaluate(chat, texts.load_problems(cfg, chat).test, cfg))
         kept.write_text(json.dumps({name: float(values.mean()) for name, values in result.items()}))
     return json.loads(kept.read_text())
 
@@ -480,7 +609,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
             bar.update(seeds - 1)
     cfg, _ = load_run(str(runs["critique"][0]), "checkpoint.pt")
     chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
-    problems = sd.load_problems(cfg, chat).test
+    problems = texts.load_problems(cfg, chat).test
     base = {name: float(values.mean()) for name, values in scores(evaluate(chat, problems, cfg)).items()}
     rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
     text = results_text(cfg, base, runs, rates, len(problems), seeds)
@@ -525,8 +654,7 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Figures.
+# ---- 5. Figures. -------------------------------------------------------------------------------------------
 
 COLOURS = {"critique": "#b2182b", "reference": "#2166ac", "grpo": "#4d4d4d"}
 
@@ -585,9 +713,7 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     return f"wrote {out / 'curves.svg'} and {out / 'advantage.svg'}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Difficulty filter, after the paper's: keep what the base solves sometimes, but seldom.
-
+# ---- 6. Difficulty filter, after the paper's: keep what the base solves sometimes, but seldom. -------------
 
 def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores go to OUT.scores.jsonl as they come, so that the same command goes on."""
@@ -616,11 +742,9 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
     return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {texts.spell(dropped)}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. What sd.py prints: at its start, after each step, at its end.
+# ---- 7. What sd.py prints: at its start, after each step, at its end. --------------------------------------
 
-
-def opening(chat: texts.Chat, problems: sd.Split) -> str:
+def opening(chat: texts.Chat, problems: texts.Split) -> str:
     trained = sum(p.numel() for p in sd.adapters(chat.model).values())
     parts = zip(("train", "validation", "test"), map(len, problems))
     return (f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
@@ -650,6 +774,14 @@ def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Confi
         "zero_variance": t["flat"] / t["groups"] if cfg.attempts_per_problem > 1 else 0.0,
         "solver_tokens": t["tokens"], "critic_tokens": t["critic_tokens"],
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def clock(cost: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds spent inside, into cost[name]."""
+    start = time.perf_counter()
+    yield
+    cost[name] = round(time.perf_counter() - start, 3)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -703,7 +835,7 @@ def show(chat: texts.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
         print("  " + texts.printable(line))
 
 
-def validate(run: sd.Run, problems: list[texts.Problem]) -> None:
+def validate(run: Run, problems: list[texts.Problem]) -> None:
     """Score the validation problems, and keep the adapters in best.pt if they never did better."""
     score = float(scores(evaluate(run.chat, problems, run.cfg))["Avg"].mean())
     run.log({"step": run.step, "validation_avg": score})
@@ -729,16 +861,14 @@ def closing(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config) -> 
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Main.
-
+# ---- 8. Main. ----------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="--reproduce and --filter pass what follows -- on to sd.py: eval.py --reproduce -- --model FOLDER --data FILE",
     )  # fmt: skip
-    parser.error = sd.refuse
+    parser.error = texts.refuse
     parser.add_argument("runs", nargs="*", help="run folders written by sd.py, to be compared")
     parser.add_argument("--tokens", metavar="RUN", help="per-token advantage on the problems that RUN held out")
     parser.add_argument("--reproduce", action="store_true", help="train and evaluate every arm; goes on where it stopped")

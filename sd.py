@@ -27,22 +27,15 @@ Shapes: B rollouts, T response tokens of one, N scored tokens of a micro-batch, 
 
 import argparse
 import contextlib
-import functools
-import hashlib
-import io
 import itertools
-import json
 import math
 import os
 import random
-import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,13 +46,11 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from critic_prompts import (FORMATS, STYLES, Chat, HTTPCritic, Problem, Refusal, Reply, extract_answer, grader, is_correct,
-                            is_url, load_model, printable, progress, read_problems, spell, strip_thinking)  # fmt: skip
+from critic_prompts import (FORMATS, STYLES, Chat, HTTPCritic, Problem, Refusal, Reply, extract_answer, first_edit, is_correct,
+                            is_url, load_model, load_problems, printable, progress, refuse, strip_thinking)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 0. Config: every knob, once. The command line is generated from it.
-
+# ---- 0. Config: every knob, once. The command line is generated from it. -----------------------------------
 
 def knob(default, text: str, choices: Callable = lambda: None, low: float | None = None):
     """A Config field. `low`: the smallest legal value. `choices` is called late: it may name a later table."""
@@ -115,17 +106,9 @@ class Config:
     out: str = knob("", "run folder; empty: runs/CONDITION")
     resume: bool = knob(False, "go on from OUT's checkpoint, with its config")
 
-    @property
-    def teacher(self) -> bool:
-        return CONDITIONS[self.condition] is not None
-
-    @property
-    def asks_critic(self) -> bool:
-        return self.condition not in ("reference", "grpo")
-
-    @property
-    def attempts_per_problem(self) -> int:
-        return 1 if self.teacher else self.group_size
+    teacher = property(lambda cfg: CONDITIONS[cfg.condition] is not None)  # is there one?
+    asks_critic = property(lambda cfg: cfg.condition not in ("reference", "grpo"))
+    attempts_per_problem = property(lambda cfg: 1 if cfg.teacher else cfg.group_size)
 
 
 PRESETS = {
@@ -138,9 +121,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes: one, or many under torchrun. With one, none of these does a thing: read on at 1.
-
+# ---- Processes: one, or many under torchrun. With one, none of these does a thing: read on at 1. -----------
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -186,11 +167,6 @@ def sum_gradients(weights: list[nn.Parameter]) -> None:
             p.grad = part.view_as(p)
 
 
-def leader(function: Callable) -> Callable:
-    """Decorator: rank 0 runs the procedure, for all; it returns None."""
-    return functools.wraps(function)(lambda *args: None if rank() else function(*args))
-
-
 def leader_first(make: Callable):
     """make() on rank 0, then on the others, which find what it built or fetched."""
     made = None if rank() else make()
@@ -199,40 +175,21 @@ def leader_first(make: Callable):
     return make() if rank() else made
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Problems. Their files, and the reward `is_correct`, are in critic_prompts.py, with Chat: a model and its tokenizer.
+# ---- 1. Problems. Their files, and the reward `is_correct`, are in critic_prompts.py, with Chat: a model and its tokenizer. ----
+
+def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple[int, Problem]]:
+    """The step's (position, problem): a shuffle an epoch, by the seed and the position in the data alone."""
+    n, positions = len(problems), range(seen, seen + cfg.attempts_per_step // cfg.attempts_per_problem)
+    order = {epoch: random.Random(f"{cfg.seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in positions}}
+    return [(i, problems[order[i // n][i % n]]) for i in positions]
 
 
-class Split(NamedTuple):
-    """Problems by use. No two share a normalised text, within a part or across."""
-
-    train: list[Problem]
-    validation: list[Problem]
-    test: list[Problem]
-    dropped: dict[str, int]  # rows, by reason
-
-
-def load_problems(cfg: Config, chat: Chat) -> Split:
-    """Read and split --data. The split is a function of the texts alone: neither order nor seed moves a problem."""
-    found, dropped = read_problems(cfg, chat)
-    test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
-    if len(found) <= held_out:
-        raise Refusal(f"{cfg.data}: {len(found)} distinct problems (dropped: {spell(dropped)}) leave none to train on "
-                      f"beside {held_out} held out; lower --test-problems and --validation-problems")  # fmt: skip
-    keys = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
-    problems = [found[key][0] for key in keys]
-    return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 2. LoRA: an adapter that can be switched off. Off, the model is the initial policy: the teacher.
-
+# ---- 2. LoRA: an adapter that can be switched off. Off, the model is the initial policy: the teacher. ------
 
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) B A x with W frozen, A (rank, in) and B (out, rank) trained, in float32.
 
-    B starts at zero, so the student starts as the teacher. float32 whatever W is: bfloat16 keeps 8 bits of a
-    number, and updates of 5e-6 would round away.
+    B starts at zero, so the student starts as the teacher. float32 whatever W is: in bfloat16 updates of 5e-6 round away.
     """
 
     enabled = True
@@ -286,9 +243,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Sample. Ids in, ids out: text is for people and for the critic.
-
+# ---- 3. Sample. Ids in, ids out: text is for people and for the critic. ------------------------------------
 
 class Sample(NamedTuple):
     ids: list[int]  # as drawn, end token included: the student must learn to stop
@@ -391,8 +346,7 @@ def attempt(chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, sample
             for (_, problem, _), prompt, sample, text in zip(keys, prompts, drawn, texts)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Critic: a frozen language model, in this process or behind a URL.
+# ---- 4. Critic: a frozen language model, in this process or behind a URL. ----------------------------------
 
 Critic = Callable[[list[list[dict]]], list[Reply]]  # conversations in, a reply to each out
 
@@ -437,8 +391,7 @@ def query_critic(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[
     return [t if t and extract_answer(t) else None for t in traces], sum(reply.tokens for reply in replies)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Contexts: the three conditions. EDIT HERE (condition)
+# ---- 5. Contexts: the three conditions. EDIT HERE (condition) ----------------------------------------------
 
 # Who writes c for the teacher. Sampler, packer, denominator, optimiser and evaluation are shared.
 CONDITIONS = {
@@ -470,9 +423,7 @@ def write_contexts(rollouts: list[Rollout], critic: Critic, cfg: Config) -> int:
     return tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Pack. Student row = student prompt + response; teacher row = teacher prompt + the very same ids.
-
+# ---- 6. Pack. Student row = student prompt + response; teacher row = teacher prompt + the very same ids. ----
 
 def teacher_prompt(chat: Chat, question: str, context: str, cfg: Config) -> list[int] | None:
     """The teacher's prompt within the window. An over-long context loses its own middle: question, format and
@@ -505,22 +456,6 @@ def pack(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
     return [r for r in rollouts if r.teacher_prompt]
 
 
-def first_edit(chat: Chat, ids: list[int], critique: str) -> int:
-    """Index of the first response token at which the critique departs from the attempt; len(ids) if it never does.
-
-    Compares text, so it holds for any tokenizer; searches by halves, so it decodes log T prefixes and not T. A critique
-    begins at its first step tag: what the attempt says before its own counts as copied.
-    """
-    tag = re.match(r"<step_\d+>", critique)
-    lead = max(0, chat.decode(ids).find(tag[0])) if tag else 0
-    low, high = 0, len(ids)  # the first `low` tokens are copied, the first high + 1 are not
-    while low < high:
-        middle = (low + high + 1) // 2
-        copied = chat.decode(ids[:middle])[lead:].lstrip().rstrip("\ufffd")  # \ufffd: a letter cut between two tokens
-        low, high = (middle, high) if critique.startswith(copied) else (low, middle - 1)
-    return low
-
-
 def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
     """The hidden states that predict each response token: (N, D), in the order of the concatenated responses.
 
@@ -542,8 +477,7 @@ def teacher_hidden(chat: Chat, rollouts: list[Rollout], responses: list[list[int
         return response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Loss: the slow twin first, then the fused form, which never holds an (N, V) tensor.
+# ---- 7. Loss: the slow twin first, then the fused form, which never holds an (N, V) tensor. ----------------
 #
 # Gradients by hand. With p = softmax(z): ∂ log p_v / ∂z_k = 1[v=k] − p_k and ∂p_v / ∂z_k = p_v (1[v=k] − p_k).
 #   eq (4), KL(p‖q) = Σ_v p_v d_v, where d_v = log p_v − log q_v:
@@ -560,11 +494,8 @@ def kl_naive(student_logits: Tensor, teacher_logits: Tensor, kl: str, temperatur
     """Eq (4) or (5) for each row: (N, V) logits → (N,). Autograd differentiates it: the oracle of the tests."""
     log_p = F.log_softmax(student_logits / temperature, -1)
     log_q = F.log_softmax(teacher_logits / temperature, -1)
-    if kl == "student||teacher":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if kl == "teacher||student":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    raise ValueError(f"kl is 'student||teacher' or 'teacher||student', not {kl!r}")
+    a, b = {"student||teacher": (log_p, log_q), "teacher||student": (log_q, log_p)}[kl]
+    return (a.exp() * (a - b)).sum(-1)
 
 
 # Each row of LOSSES gives the loss of every row and writes its gradient wrt z into grad_z, (rows, V). log_p and log_q
@@ -647,19 +578,14 @@ def fused_loss(h_student: Tensor, h_teacher: Tensor | None, lm_head: Tensor, row
     `grpo` ids and eq (3)'s advantage but no teacher. The loss is differentiable in h_student alone; the second result
     is detached, float32, nats. Three matmuls, as in naive autograd: student logits, teacher logits, gradient.
     """
-    if kl not in LOSSES:
-        raise ValueError(f"kl is one of {list(LOSSES)}, not {kl!r}")
-    teacher = None if h_teacher is None else h_teacher.detach()
     ids, advantage = (row_weight.new_zeros(len(row_weight)) if x is None else x for x in (ids, advantage))
-    return FusedLoss.apply(h_student, teacher, lm_head.detach(), row_weight, ids.long(), advantage, kl, temperature, chunk)
+    return FusedLoss.apply(h_student, h_teacher, lm_head, row_weight, ids.long(), advantage, kl, temperature, chunk)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Step.
+# ---- 8. Step. ----------------------------------------------------------------------------------------------
 
-
-def micro_loss(chat: Chat, rollouts: list[Rollout], total: float, cfg: Config) -> Tensor:
-    """This micro-batch's share of the step's loss: D of eq (1), or −A log π in grpo, whose importance ratio is 1.
+def micro_loss(chat: Chat, rollouts: list[Rollout], total: float, cfg: Config) -> tuple[Tensor, Tensor]:
+    """(this micro-batch's share of the step's loss, its terms): D of eq (1), or −A log π in grpo, whose importance ratio is 1.
 
     One denominator, `total`, the step's scored tokens: a mean of means, over rollouts or micro-batches, would weigh a
     token by the company it keeps.
@@ -670,7 +596,7 @@ def micro_loss(chat: Chat, rollouts: list[Rollout], total: float, cfg: Config) -
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, D)
     h_teacher = teacher_hidden(chat, rollouts, responses) if cfg.teacher else None
     return fused_loss(h_student, h_teacher, chat.head, torch.full((len(ids),), 1 / total, **like), ids=ids, advantage=a,
-                      kl=cfg.kl if cfg.teacher else "grpo", temperature=cfg.temperature, chunk=cfg.kl_chunk)[0]
+                      kl=cfg.kl if cfg.teacher else "grpo", temperature=cfg.temperature, chunk=cfg.kl_chunk)
 
 
 def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], cfg: Config) -> dict:
@@ -695,15 +621,12 @@ def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Roll
 
 
 def backward(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], total: int, cfg: Config) -> float:
-    """Fill the gradients, micro-batch by micro-batch. Returns the loss.
-
-    float16 cannot hold the gradients of a loss over 65,536 tokens. So they flow times a power of two near `total`, which
-    rounds nothing, and are divided again in float32.
-    """
+    """Fill the gradients, micro-batch by micro-batch; returns the loss. float16 cannot hold the gradients of a mean over
+    65,536 tokens: they flow times a power of two near `total`, which rounds nothing, and are divided again in float32."""
     optimizer.zero_grad()
     scale, loss_sum = 2.0 ** round(math.log2(total)), 0.0
     for start in range(0, len(rollouts), cfg.micro_batch):
-        loss = micro_loss(chat, rollouts[start : start + cfg.micro_batch], total / scale, cfg)
+        loss, _ = micro_loss(chat, rollouts[start : start + cfg.micro_batch], total / scale, cfg)
         loss.backward()
         loss_sum += loss.item() / scale
     for p in adapters(chat.model).values():
@@ -714,148 +637,27 @@ def backward(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollou
 @torch.no_grad()
 def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Tensor]:
     """Eq (2) for every response token of each packed rollout: a list of (T,), in nats. For people, not for the loss."""
-    responses = [r.sample.ids for r in rollouts]
-    ids = torch.tensor(sum(responses, []), device=chat.model.device)[:, None]
     chat.model.eval()
-    student = response_hidden(chat, [r.prompt for r in rollouts], responses)
-    teacher = teacher_hidden(chat, rollouts, responses)
-    logprob = lambda h: torch.cat([log_softmax_of(rows, chat.head, cfg.temperature).gather(1, own)[:, 0]
-                                   for rows, own in zip(h.split(cfg.kl_chunk), ids.split(cfg.kl_chunk))])
-    return list((logprob(teacher) - logprob(student)).split(list(map(len, responses))))
+    whole = [replace(r, scored_length=None) for r in rollouts]
+    estimate = micro_loss(chat, whole, 1.0, replace(cfg, kl="sampled"))[1]
+    return list((-estimate).split([len(r.sample.ids) for r in rollouts]))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. Log and checkpoint. What a step prints and shows is in eval.py.
+# ---- 9. Log. What a run writes and prints is in eval.py, which builds on all of the above: so it is imported here. ----
+import eval as report  # noqa: E402
 
 
-def load_checkpoint(path: Path) -> dict:
-    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it can run code,
-    and its config is checked as a command line is."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: state[name] for name in ("config", *Run.STATE, "adapters", "optimizer")}
-        state["config"] = Config(**state["config"])
-    except FileNotFoundError:
-        raise Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
-    except Exception as error:
-        reason = f"cut off, or of another version: {type(error).__name__}"
-        raise Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
-    check(state["config"])
-    return state
+# ---- 10. Main. ---------------------------------------------------------------------------------------------
 
-
-def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    own = adapters(model)
-    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in weights.items()}:
-        raise Refusal("the checkpoint's adapters do not fit the model; was --model's folder changed?")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(weights[name])
-
-
-class Run:
-    """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/."""
-
-    # steps taken, position in the data, best validation score, evaluations since then
-    STATE = ("step", "seen", "best", "stale")
-
-    def __init__(self, cfg: Config, chat: Chat):
-        self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
-        self.optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
-        self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
-        if cfg.resume:
-            self.restore()
-            return
-        make_folder(self.folder)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        self.log({"config": asdict(cfg), "versions": versions, "grader": grader()})
-        self.save()
-
-    @leader
-    def log(self, entry: dict) -> None:
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    @leader
-    def save(self, name: str = "checkpoint.pt") -> None:
-        """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
-        state = {"config": asdict(self.cfg)} | {name: getattr(self, name) for name in self.STATE}
-        state["adapters"] = {name: p.detach().cpu() for name, p in adapters(self.chat.model).items()}
-        torch.save(state | {"optimizer": self.optimizer.state_dict()}, file := io.BytesIO())
-        write_atomic(self.folder / name, file.getvalue())
-
-    def restore(self) -> None:
-        state = load_checkpoint(self.folder / "checkpoint.pt")
-        try:
-            load_adapters(self.chat.model, state["adapters"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            # steps past the checkpoint will be written again; a kill may have cut a line
-            lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
-            kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= state["step"]]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
-        self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
-        write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
-
-    @leader
-    def export(self) -> None:
-        """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights, and to
-        bfloat16 weights the sum is rounded, so that OUT/model is close to the trained policy and not equal to it."""
-        for layer in self.chat.model.modules():
-            if isinstance(layer, LoRALinear):
-                layer.merge()
-        trained = adapters(self.chat.model)
-        own = {name: w for name, w in self.chat.model.state_dict().items() if name not in trained}
-        self.chat.model.save_pretrained(self.folder / "model", state_dict=own)
-        self.chat.tokenizer.save_pretrained(self.folder / "model")
-
-
-@leader
-def make_folder(folder: Path) -> None:
-    """A new run folder; an old run is moved aside, never overwritten."""
-    if (folder / "log.jsonl").exists():
-        old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
-        folder.rename(old)
-        print(f"{folder} was there; moved to {old}")
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise Refusal(f"--out {folder} is there and is no run folder; name another")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-@leader
-def write_atomic(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 10. Main.
-
-
-def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple[int, Problem]]:
-    """The step's (position, problem): a shuffle an epoch, by the seed and the position in the data alone."""
-    n, positions = len(problems), range(seen, seen + cfg.attempts_per_step // cfg.attempts_per_problem)
-    order = {epoch: random.Random(f"{cfg.seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in positions}}
-    return [(i, problems[order[i // n][i % n]]) for i in positions]
-
-
-@contextlib.contextmanager
-def clock(cost: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    cost[name] = round(time.perf_counter() - start, 3)
-
-
-def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, list[Rollout]]:
+def take_step(run: "report.Run", problems: list[Problem], critic: Critic) -> tuple[dict, list[Rollout]]:
     """The algorithm, once: problems → rollouts → contexts → pack → update."""
     cfg, chat, cost = run.cfg, run.chat, {}
     chosen = next_problems(problems, run.seen, cfg)
-    with clock(cost, "sample_s"):
+    with report.clock(cost, "sample_s"):
         rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
-    with clock(cost, "critic_s"):
+    with report.clock(cost, "critic_s"):
         critic_tokens = write_contexts(rollouts, critic, cfg)
-    with clock(cost, "train_s"):
+    with report.clock(cost, "train_s"):
         scored = pack(chat, rollouts, cfg)
         update = train_step(chat, run.optimizer, scored, cfg)
     run.step, run.seen = run.step + 1, run.seen + len(chosen)
@@ -863,16 +665,14 @@ def take_step(run: Run, problems: list[Problem], critic: Critic) -> tuple[dict, 
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[list[bool]]:
+def deferred_interrupt() -> Iterator[list[int]]:
     """Inside, the first Ctrl-C only fills the list, so that the step in flight is finished and saved (torchrun waits for
-    it only as long as its --shutdown-timeout says)."""
-    pressed: list[bool] = []
+    it only as long as its --shutdown-timeout says). The second kills, for an exception would wait for http requests."""
+    pressed: list[int] = []
 
-    def handler(*_):
-        if pressed:  # not an exception: a thread pool would first wait for its requests
-            print(f"sd.py: {STOPPED}", file=sys.stderr)
-            os._exit(130)
-        pressed.append(True)
+    def handler(number, _):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        pressed.append(number)
         if not rank():
             print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
@@ -883,20 +683,15 @@ def deferred_interrupt() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-STOPPED = "stopped; the same command with --resume goes on from the last checkpoint"
-
-
 def train(cfg: Config) -> None:
     """Train to cfg.steps: log, show, evaluate and save on the way. Ctrl-C, or a critic that only fails, ends it saved."""
-    import eval as report  # eval.py imports this file: by now it is loaded
-
     chat = leader_first(lambda: load_model(cfg.model, cfg.dtype, cfg.device))
     problems = load_problems(cfg, chat)
     critic = load_critic(cfg if cfg.asks_critic else replace(cfg, critic="self"), chat)  # load none that nobody asks
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
-    run, failed_steps, stop = Run(cfg, chat), 0, 0
+    run, failed_steps, stop = report.Run(cfg, chat), 0, 0
     print(report.opening(chat, problems))
     with deferred_interrupt() as interrupted:
         while run.step < cfg.steps and failed_steps < 3 and not stop and not 0 < cfg.patience <= run.stale:
@@ -942,7 +737,7 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
-        return resume_config(given)
+        return report.resumed_config(given)
     name, why = given.get("preset", "auto"), "as asked"
     if name == "auto":
         own = given.get("model", "toy") != "toy"
@@ -950,25 +745,6 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         name, why = ("qwen", real) if real else ("toy", "neither CUDA nor --model")
     cfg = replace(Config(), **{**PRESETS[name], **given, "preset": name})
     return check(replace(cfg, out=cfg.out or f"runs/{cfg.condition}")), why
-
-
-# what may change when a run goes on: nothing that shapes its numbers, but for the critic, which may need mending
-RESUMABLE = set("resume out preset steps save_every show_every final_problems export device patience critic critic_model "
-                "critic_parallel critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk "
-                "gradient_checkpointing".split())  # fmt: skip
-
-
-def resume_config(given: dict) -> tuple[Config, str]:
-    """The saved config with the given flags on top."""
-    out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
-    saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
-    for name in given.keys() - RESUMABLE:
-        if getattr(saved, name) != given[name]:
-            raise Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
-                          "or --resume")  # fmt: skip
-    if is_url(saved.critic) and "critic" not in given:
-        refuse("argument --critic: name the http critic again; the API key goes to no address out of a file")
-    return check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
 
 
 def check(cfg: Config) -> Config:
@@ -986,10 +762,6 @@ def check(cfg: Config) -> Config:
     if is_url(cfg.critic) and not cfg.critic_model:
         refuse("argument --critic: a URL needs --critic-model, the name of the model it serves")
     return cfg
-
-
-def refuse(message: str):
-    raise Refusal(message)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1011,9 +783,9 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         message = f"not finite in {error}; nothing was updated, and the last checkpoint is good. Train anew with a lower --lr?"
     except KeyboardInterrupt:
-        code, message = 130, STOPPED
+        code, message = 130, "stopped; the same command with --resume goes on from the last checkpoint"
     except RuntimeError as error:
-        if not (dist.is_initialized() and re.search("gloo|NCCL|Connection", str(error))):
+        if not (dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))):
             raise
         reason = str(error).split("\n")[0][:150]
         message = f"another process of this run has ended ({reason}); --resume goes on, with any number of them"
@@ -1023,5 +795,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     import sd  # eval.py imports this file as `sd`: run that copy, so that its classes exist once
-
     sys.exit(sd.main())
