@@ -662,7 +662,7 @@ class Server(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.calls = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
 
@@ -981,7 +981,7 @@ def test_kill_9_at_20_random_moments_loses_nothing(tmp_path, folder):
     or a resumed step draws other numbers. The processes are forked from one that has imported all, which saves a minute."""
     flags = ["--condition", "reference", "--save-every", "1", "--show-every", "0"]
     log, rng, server = tmp_path / "run/log.jsonl", random.Random(0), multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
+    server.set_forkserver_preload([__name__, "transformers.models.qwen3.modeling_qwen3", "torch._dynamo"])
     for kill in range(20):
         size = log.stat().st_size if log.exists() else 0
         resume = ["--resume"] if (tmp_path / "run/checkpoint.pt").exists() else []
@@ -1151,7 +1151,7 @@ def test_a_critic_server_that_is_killed_half_way_costs_no_step(tmp_path, folder,
     """Two servers, one shut down in mid-run. Fails if a critique of the later steps is lost."""
     second = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     second.calls = []
-    threading.Thread(target=second.serve_forever, daemon=True).start()
+    threading.Thread(target=second.serve_forever, args=(0.01,), daemon=True).start()
     real = sd.take_step
 
     def killing(run, *arguments):
