@@ -251,7 +251,7 @@ class Sample(NamedTuple):
     entropy: float  # of the distributions drawn from, mean over tokens, nats
 
 
-@torch.no_grad()
+@torch.inference_mode()  # on a small model a tenth faster than no_grad
 def generate(chat: Chat, prompts: list[list[int]], max_new_tokens: int, *, uniforms: np.ndarray | None = None,
              temperature: float = 1.0, batch: int = 64) -> list[Sample]:
     """One response for each prompt; greedy without `uniforms`, float32 in [0, 1), (rows, max_new_tokens).
@@ -556,9 +556,11 @@ class FusedLoss(torch.autograd.Function):
         per_row, grad = h_student.new_empty(N, dtype=wide), torch.empty_like(h_student)
         for start in range(0, N, chunk):
             rows, n = slice(start, start + chunk), min(chunk, N - start)
-            q = None if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z_q[:n], log_q[:n])
             p = log_softmax_of(h_student[rows], lm_head, temperature, z[:n], log_p[:n])
-            per_row[rows] = LOSSES[kl](p, q, ids[rows], advantage[rows], z[:n])
+            q = p if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z_q[:n], log_q[:n])
+            # in eighths: what a divergence allocates besides stays small, and what it reads again is still in the cache
+            for value, *eighth in zip(*(x.chunk(8) for x in (per_row[rows], p, q, ids[rows], advantage[rows], z[:n]))):
+                value.copy_(LOSSES[kl](*eighth))
             grad[rows] = (row_weight[rows, None] / temperature) * (z[:n] @ lm_head)
         ctx.save_for_backward(grad)
         loss, per_row = (row_weight * per_row).sum(), per_row.float()

@@ -1561,7 +1561,7 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
 
 SHAPES = {
     "2,048 × 576 × 49,152": (2048, 576, 49_152, 128),
-    "512 × 2,048 × 151,936": (512, 2048, 151_936, 48),
+    "512 × 2,048 × 151,936": (512, 2048, 151_936, 64),
 }  # N, D, V, chunk
 HALF = {
     "N halved": (1024, 576, 49_152, 128),
