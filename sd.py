@@ -278,8 +278,7 @@ def generate_batch(chat: Chat, prompts: list[list[int]], uniforms: Tensor | None
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # a padded row's first real token stands at position 0
     mask = mask if min(map(len, prompts)) < width else None  # one that hides nothing costs the model a fifth of its time
     ends, rows = torch.tensor(chat.end_ids, device=device), torch.arange(B, device=device)
-    drawn = torch.full((B, max_new_tokens), -1, device=device)
-    entropy = torch.zeros(B, device=device)
+    drawn, entropy = torch.full((B, max_new_tokens), -1, device=device), torch.zeros(B, device=device)
     cache = transformers.DynamicCache(config=chat.model.config)
     for t in range(max_new_tokens):
         hidden = chat.model.base_model(
