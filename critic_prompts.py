@@ -192,6 +192,8 @@ def extract_answer(text: str) -> str | None:
 
 def as_number(text: str) -> Fraction | None:
     """`1,234`, `-3/4`, `\\frac{3}{4}`, `$5.50`, `12%`: the exact number, else None. Nothing is ever evaluated."""
+    if len(text) > 1000 or re.search(r"\d\s*\\[dt]?frac|\d\s+\d+\s*/", text):  # a mixed number: 1 1/2 is not 11/2
+        return None
     text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
     text = re.sub(r"\\[!,;: ]|[\s$]|\\text\{[^{}]*\}", "", text).rstrip(".")
     share = 100 if text.endswith("%") else 1
@@ -220,8 +222,9 @@ def is_correct(text: str, answer: str) -> bool:
     if number is not None and wanted is not None:
         return number == wanted
     # math-verify computes what it reads: towers, factorials, long numbers and deep nesting would hang it
-    tame = len(found) < 100 and not re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", found)
-    if tame and sum(map(found.count, "({[")) < 12 and math_verify():
+    tame = lambda s: (len(s) < 100 and sum(map(s.count, "({[")) < 12
+                      and not re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", s))  # fmt: skip
+    if tame(found) and tame(answer) and math_verify():
         parse = math_verify().parse
         return bool(math_verify().verify(parse(f"${answer}$"), parse(f"${found}$")))
     return False
@@ -449,7 +452,7 @@ def critic_task(problem: str, attempt: str, solution: str | None) -> str:
     return CRITIC_TASK.format(problem=problem, attempt=attempt, notes=notes)
 
 
-STEP = re.compile(r"<step_(\d+)>((?:(?!<step_).)*?)</step_\1>", re.DOTALL)  # stops at the next opening tag: linear
+STEP = re.compile(r"<step_(\d{1,9})>((?:(?!<step_).)*?)</step_\1>", re.DOTALL)  # stops at the next opening tag: linear
 
 
 def steps_find(text: str) -> list[str]:
@@ -457,9 +460,10 @@ def steps_find(text: str) -> list[str]:
 
 
 def steps_trace(reply: str) -> str | None:
-    found = re.search(r"<step_\d+>.*</answer>", reply, re.DOTALL)  # without "Here is the mended trace:"
-    numbers = [int(n) for n, _ in STEP.findall(found[0])] if found else []
-    return found[0] if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
+    start, end = re.search(r"<step_\d{1,9}>", reply), reply.rfind("</answer>")  # without "Here is the mended trace:"
+    trace = reply[start.start() : end + len("</answer>")] if start and end >= 0 else ""
+    numbers = [int(n) for n, _ in STEP.findall(trace)]
+    return trace if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
 
 
 # ---- "toy": the language of the toy world. One character is one token and each step has six. ---------------

@@ -1,4 +1,4 @@
-"""Evaluate runs of sd.py on problems they never saw, and show why they differ.
+"""Evaluate runs of sd.py on problems they never saw, and show why they differ. Also their folders, checkpoints and log.
 
   python eval.py runs/critique runs/reference runs/grpo     base and runs side by side: same problems, same seeds
   python eval.py --tokens runs/critique                     what each context does to every token of the same attempt
@@ -38,7 +38,7 @@ import sd
 # ---- 1. Run folders: what sd.py writes into OUT, and how a run goes on from it. ----------------------------
 
 def leader(function: Callable) -> Callable:
-    """Decorator: rank 0 runs the procedure, for all; it returns None."""
+    """Decorator: rank 0 alone runs it; the others get None."""
     return functools.wraps(function)(lambda *args: None if sd.rank() else function(*args))
 
 
@@ -46,11 +46,14 @@ def load_checkpoint(path: Path) -> dict:
     """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it can run code,
     and its config is checked as a command line is."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: state[name] for name in ("config", *Run.STATE, "adapters", "optimizer")}
-        state["config"] = sd.Config(**state["config"])
+        content = path.read_bytes()
     except FileNotFoundError:
         raise texts.Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        numbers = {name: kind(state[name]) for name, kind in Run.STATE.items()}
+        weights = {name: torch.as_tensor(w) for name, w in state["adapters"].items()}
+        state = {"config": sd.Config(**state["config"]), **numbers, "adapters": weights, "optimizer": state["optimizer"]}
     except Exception as error:
         reason = f"cut off, or of another version: {type(error).__name__}"
         raise texts.Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
@@ -71,16 +74,18 @@ class Run:
     """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/."""
 
     # steps taken, position in the data, best validation score, evaluations since then
-    STATE = ("step", "seen", "best", "stale")
+    STATE = {"step": int, "seen": int, "best": float, "stale": int}
 
     def __init__(self, cfg: sd.Config, chat: texts.Chat):
         self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
         self.optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
         self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
+        if not cfg.resume:
+            make_folder(self.folder)
+        self.lock = claim(self.folder)
         if cfg.resume:
             self.restore()
             return
-        make_folder(self.folder)
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
         self.log({"config": asdict(cfg), "versions": versions, "grader": texts.grader()})
         self.save()
@@ -106,6 +111,8 @@ class Run:
             # steps past the checkpoint will be written again; a kill may have cut a line
             lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
             kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= state["step"]]
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise texts.Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
         self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
@@ -128,12 +135,27 @@ class Run:
 def make_folder(folder: Path) -> None:
     """A new run folder; an old run is moved aside, never overwritten."""
     if (folder / "log.jsonl").exists():
+        claim(folder)
         old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
         folder.rename(old)
         print(f"{folder} was there; moved to {old}")
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise texts.Refusal(f"--out {folder} is there and is no run folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+@leader
+def claim(folder: Path):
+    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows has no such locks.)"""
+    file = open(folder / ".lock", "w")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise texts.Refusal(f"another run is at work in {folder}; name another --out") from None
+    return file
 
 
 @leader
@@ -158,7 +180,7 @@ def resumed_config(given: dict) -> tuple[sd.Config, str]:
             raise texts.Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
                           "or --resume")  # fmt: skip
     if texts.is_url(saved.critic) and "critic" not in given:
-        texts.refuse("argument --critic: name the http critic again; the API key goes to no address out of a file")
+        raise texts.Refusal("argument --critic: name the http critic again; the API key goes to no address out of a file")
     return sd.check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
 
 
@@ -196,7 +218,7 @@ def maj_at_k(attempts: list[dict]) -> float:
             number = texts.as_number(a["answer"])
             votes[texts.normalise(a["answer"]) if number is None else number].append(a["correct"])
     most = max(map(len, votes.values()), default=0)
-    return float(np.mean([votes[0] for votes in votes.values() if len(votes) == most])) if votes else 0.0
+    return float(np.mean([own[0] for own in votes.values() if len(own) == most])) if votes else 0.0
 
 
 def scores(attempts: list[list[dict]]) -> dict[str, np.ndarray]:
@@ -239,13 +261,13 @@ def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
     return "\n".join(lines)
 
 
-def load_run(folder: str, checkpoint: str) -> tuple[sd.Config, dict]:
+def load_run(folder: Path | str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
     state = load_checkpoint(Path(folder) / checkpoint)
     return state["config"], state["adapters"]
 
 
-def trained(cfg: sd.Config, weights: dict) -> texts.Chat:
+def load_trained(cfg: sd.Config, weights: dict) -> texts.Chat:
     chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     sd.add_adapters(chat.model, cfg)
     load_adapters(chat.model, weights)
@@ -270,7 +292,7 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
     attempts = {"base": evaluate(chat, problems, base)}
     del chat
     for folder, (cfg, weights) in runs.items():
-        attempts[folder] = evaluate(trained(cfg, weights), problems, base)
+        attempts[folder] = evaluate(load_trained(cfg, weights), problems, base)
     with open(out / "eval.jsonl", "w", encoding="utf-8") as file:
         for name, rows in attempts.items():
             for problem, own in zip(problems, rows):
@@ -328,8 +350,8 @@ def advantages(
 ) -> list[np.ndarray | None]:
     """A_t, eq (2), of each attempt's tokens under its context; None where there is none."""
     cfg = replace(cfg, condition="critique", stop_at_first_edit=False)
-    for r, r.context in zip(rollouts, contexts):
-        r.scored_length = None
+    for r, context in zip(rollouts, contexts):
+        r.context = context
     packed = sd.pack(chat, rollouts, cfg)
     found: dict[int, np.ndarray] = {}
     for start in texts.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
@@ -545,12 +567,18 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
                "--no-export", "--show-every", "0"]  # fmt: skip
     cfg, _ = sd.parse_config(command)
     if not cfg.eval_every:
-        command += ["--eval-every", str(max(1, cfg.steps // 10))]
+        cfg = replace(cfg, eval_every=max(1, cfg.steps // 10))
+        command += ["--eval-every", str(cfg.eval_every)]
+    if cfg.patience or cfg.eval_every > cfg.steps:
+        raise texts.Refusal("the arms of --reproduce are compared at equal steps: drop --patience, and give --eval-every "
+                            "at most --steps")  # fmt: skip
     if (folder / "checkpoint.pt").exists():
         state = load_checkpoint(folder / "checkpoint.pt")
-        for name in vars(cfg).keys() - RESUMABLE - {"eval_every"}:
+        for name in vars(cfg).keys() - RESUMABLE | {"critic", "critic_model", "critic_max_new_tokens"}:
             if getattr(state["config"], name) != getattr(cfg, name):
                 raise texts.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
+        if state["step"] > cfg.steps:
+            raise texts.Refusal(f"{folder} has taken {state['step']} steps already; name another --out, or more --steps")
         if state["step"] == cfg.steps:
             return folder
         command.append("--resume")
@@ -584,10 +612,10 @@ def test_scores(folder: Path, checkpoint: str) -> dict[str, float]:
     """A run's metrics on the test problems, computed once and kept beside the checkpoint."""
     kept = folder / f"test-{checkpoint}.json"
     if not kept.exists():
-        cfg, weights = load_run(str(folder), checkpoint)
-        chat = trained(cfg, weights)
+        cfg, weights = load_run(folder, checkpoint)
+        chat = load_trained(cfg, weights)
         result = scores(evaluate(chat, texts.load_problems(cfg, chat).test, cfg))
-        kept.write_text(json.dumps({name: float(values.mean()) for name, values in result.items()}))
+        write_atomic(kept, json.dumps({name: float(values.mean()) for name, values in result.items()}).encode())
     return json.loads(kept.read_text())
 
 
@@ -607,7 +635,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
             print(f"{arm}: validation Avg by learning rate {by_rate}", flush=True)
             runs[arm] = [train_once(root, arm, rates[arm], seed, flags) for seed in range(seeds)]
             bar.update(seeds - 1)
-    cfg, _ = load_run(str(runs["critique"][0]), "checkpoint.pt")
+    cfg, _ = load_run(runs["critique"][0], "checkpoint.pt")
     chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
     problems = texts.load_problems(cfg, chat).test
     base = {name: float(values.mean()) for name, values in scores(evaluate(chat, problems, cfg)).items()}
@@ -738,7 +766,7 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
     dropped["never solved"] = sum(known[key] == 0 for key in rows)
     dropped[f"solved {below:g} or more of the time"] = sum(known[key] >= below for key in rows)
     chosen = [row for key, (_, row) in rows.items() if 0 < known[key] < below]
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), "utf-8")
+    write_atomic(out, "".join(json.dumps(row) + "\n" for row in chosen).encode())
     return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {texts.spell(dropped)}"
 
 
@@ -754,9 +782,9 @@ def opening(chat: texts.Chat, problems: texts.Split) -> str:
 
 def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
     """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
-    find, critique = texts.FORMATS[cfg.prompts].steps, cfg.asks_critic
+    find, asks_critic = texts.FORMATS[cfg.prompts].steps, cfg.asks_critic
     scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
-    copied = [step in own for r in scored if critique for own in [find(r.text)] for step in find(r.context)]
+    copied = [step in own for r in scored if asks_critic for own in [find(r.text)] for step in find(r.context)]
     groups = np.array([r.reward for r in rollouts]).reshape(-1, cfg.attempts_per_problem)
     sums = {
         "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
@@ -769,7 +797,7 @@ def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Confi
     return {
         **m, "cost": {**m["cost"], "peak_mib": round(peak_memory(chat.model.device), 1)},
         "accuracy": t["right"] / n, "length": t["tokens"] / n, "truncated": t["cut"] / n, "entropy": t["entropy"] / n,
-        "scored": t["scored"], "scored_tokens": t["scored_tokens"], "critic_failed": n - t["scored"] if critique else 0,
+        "scored": t["scored"], "scored_tokens": t["scored_tokens"], "critic_failed": n - t["scored"] if asks_critic else 0,
         "copied": t["copied"] / max(1, t["steps"]),  # share of the critiques' steps that stand word for word in the attempt
         "zero_variance": t["flat"] / t["groups"] if cfg.attempts_per_problem > 1 else 0.0,
         "solver_tokens": t["tokens"], "critic_tokens": t["critic_tokens"],
@@ -795,6 +823,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@leader
 def step(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
     """One line a step, a warning where one is due, and now and then an example."""
     seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
@@ -807,7 +836,7 @@ def step(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Criti
     )
     if m["truncated"] > 0.5:
         print(f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and "
-              "read as wrong")  # fmt: skip
+              "mostly read as wrong")  # fmt: skip
     if 2 * m["critic_failed"] > cfg.attempts_per_step:
         error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
         print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out "
@@ -888,7 +917,7 @@ def main(argv: list[str] | None = None) -> int:
         own = argv.index("--") if "--" in argv else len(argv)
         args, flags = parser.parse_args(argv[:own]), argv[own + 1 :]
         for name in ("samples", "problems", "seeds"):
-            if (getattr(args, name) or 1) < 1:
+            if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise texts.Refusal(f"argument --{name}: {getattr(args, name)} is out of range; the least is 1")
         if flags and not (args.reproduce or args.filter):
             raise texts.Refusal(f"argument {flags[0]}: only --reproduce and --filter pass flags on to sd.py")

@@ -710,6 +710,7 @@ def train(cfg: Config) -> None:
                 run.save()
             stop = summed(len(interrupted))  # all processes stop, or none
     run.save()
+    summed(0)  # torchrun ends all processes when one fails: none fails before rank 0 has saved
     if stop:
         raise KeyboardInterrupt
     if failed_steps == 3:
@@ -772,7 +773,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg, why = parse_config(argv)
         join()
-        print(f"preset {cfg.preset} ({why}): {cfg.condition}, model {cfg.model}, data {cfg.data} → {cfg.out}")
+        print(printable(f"preset {cfg.preset} ({why}): {cfg.condition}, model {cfg.model}, data {cfg.data} → {cfg.out}"))
         train(cfg)
         return 0
     except Refusal as refusal:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -582,6 +583,19 @@ def test_a_failed_critique_is_left_out_and_counted(chat):
     assert len(scored) == 2 and measured(chat, rollouts, cfg)["critic_failed"] == 6
 
 
+def test_a_chat_critics_reply_is_a_trace_or_nothing():
+    """Fails if small talk, a loop or an echo stays in the context, or a hostile reply stops the run or holds it up."""
+    trace = critic_prompts.FORMATS["steps"].trace
+    good = "<step_1>1 + 1 = 2</step_1>\n<answer>2</answer>"
+    assert trace(f"Here it is: {good} Well done!") == good
+    for reply in ("", good[:-9], "<answer>2</answer>", good.replace("</step_1>", ""), f"{good} {good}", "</answer> <step_1>x</step_1>"):
+        assert trace(reply) is None
+    start = time.process_time()
+    for hostile in ("<step_1>" * 25_000, "</step_1>" * 20_000, "<step_{0}>x</step_{0}></answer>".format("9" * 5000)):
+        assert trace(hostile) is None
+    assert time.process_time() - start < 0.5
+
+
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is queried with the adapter on, or a truncated critique is kept."""
     chat.end_ids = [0, 6, 8, 10, 12, 14]  # so that the random model's replies end
@@ -803,7 +817,7 @@ GRADES = [
     ("<answer>3.14</answer>", "3.1415", False), ("<answer>The Red  House</answer>", "the red house", True),
     ("<answer>x+1</answer>", "x+2", False), (r"\boxed{\text{42}}", "43", False), (r"\boxed{2\text{ cm}}", "2", True),
     (r"\boxed{a{b}c}", "a{b}c", True), (r"\boxed{42", "42", False), ("<answer>.5</answer>", "0.5", True),
-    ("<answer>1e3</answer>", "1000", False), ("<answer>0x10</answer>", "16", False), ("<answer>²</answer>", "2", False),
+    (r"<answer>2\frac{3}{4}</answer>", "23/4", False), (r"<answer>11/2</answer>", "1 1/2", False), ("<answer>1e3</answer>", "1000", False), ("<answer>0x10</answer>", "16", False), ("<answer>²</answer>", "2", False),
 ]  # fmt: skip
 
 
@@ -816,12 +830,16 @@ def test_grader(text, answer, right, monkeypatch):
 
 @pytest.mark.parametrize("answer", ["9**9**9", "9^{9^{9}}", "1" * 10**7, "<answer>" * 10**6, "{" * 10**7, "\\boxed{" * 10**6,
                                     "999999999!", "(" * 10**6, "1/" * 10**6, "\\frac{" * 10**6, ",".join(["111"] * 10**6)])  # fmt: skip
-def test_hostile_answers_are_cheap(answer):
-    """Fails if anything is evaluated, or a pattern backtracks. 0.1 s is 100 times what they take."""
+def test_hostile_answers_are_cheap(answer, monkeypatch):
+    """Fails if anything is evaluated, here or by math-verify, or a pattern backtracks. 0.1 s is 100 times what they take."""
+    heard = []
+    package = types.SimpleNamespace(parse=heard.append, verify=lambda *_: False)
+    monkeypatch.setattr(critic_prompts, "math_verify", lambda: package)
     for text in (answer, f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}", f"#### {answer}"):
         start = time.process_time()
-        assert not sd.is_correct(text, "42")
+        assert not sd.is_correct(text, "42") and not sd.is_correct("<answer>42</answer>", answer)
         assert time.process_time() - start < 0.1
+    assert all(len(text) < 102 and not re.search(r"9\*\*9|9\^{9|9!", text) for text in heard)
 
 
 ROW = '{"problem": "1+1", "solution": "s1+1=2####2", "answer": "2"}'
@@ -1038,6 +1056,17 @@ def test_a_second_run_moves_the_first_aside(tmp_path, folder):
     for _ in range(2):
         assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
     assert (tmp_path / "run/checkpoint.pt").exists() and (tmp_path / "run.1/checkpoint.pt").exists()
+
+
+def test_two_runs_share_no_folder(tmp_path, folder, capfd):
+    """Fails if a second run moves a live one aside, or writes into its log."""
+    flags = ["--condition", "grpo", "--steps", "1"]
+    assert run_in(tmp_path, folder, *flags) == 0
+    live = evaluation.claim(tmp_path / "run")
+    for more in ([], ["--resume"]):
+        assert run_in(tmp_path, folder, *flags, *more) == 2 and "another run" in capfd.readouterr().err
+    live.close()
+    assert os.listdir(tmp_path) == ["run"] and run_in(tmp_path, folder, *flags, "--resume") == 0
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
@@ -1264,6 +1293,27 @@ def test_a_broken_checkpoint_is_one_line(tmp_path, folder, capfd, change):
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2", "--resume") == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "train the run anew" in error and not Path("/tmp/owned").exists()
+
+
+@pytest.mark.parametrize("name, value", [("adapters", [1]), ("adapters", {"x": "y"}), ("seen", "a"), ("best", None)])
+def test_a_checkpoint_of_other_things_is_one_line(tmp_path, folder, capfd, name, value):
+    """Fails if what is no number, or no tensor, gets as far as the first step."""
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
+    path = tmp_path / "run/checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {name: value}, path)
+    capfd.readouterr()
+    assert evaluation.main([str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "not a checkpoint" in error
+
+
+def test_a_fault_that_may_pass_gives_no_run_up(tmp_path, folder, capfd, monkeypatch):
+    """Fails if a checkpoint that can't be read just now is called broken."""
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
+    monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError("not yours")))
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "2", "--resume") == 1
+    error = capfd.readouterr().err
+    assert "not yours" in error and "anew" not in error
 
 
 def tamper(path: Path, **changes) -> None:
@@ -1527,11 +1577,14 @@ def test_reproduce_goes_on_where_it_stopped_and_repeats_to_the_digit(folder, tmp
     assert evaluation.main(longer) == 0 and (tmp_path / "r/table.md").read_text() != first
     assert evaluation.main([*longer, "--temperature", "0.5"]) == 2 and "another temperature" in capsys.readouterr().err
     assert len(list((tmp_path / "r").glob("*-seed1"))) == 3 and "| critique − grpo |" in first and "nan" not in first
+    for other, words in ((["--critic", str(folder)], "another critic"), (["--patience", "2"], "--patience"), (["--steps", "2"], "3 steps already")):
+        assert evaluation.main([*longer, *other]) == 2 and words in capsys.readouterr().err
+    assert evaluation.main(["--reproduce", "--seeds", "0"]) == 2 and "--seeds" in capsys.readouterr().err
 
 
 def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkeypatch, capsys):
     """Fails if never-solved or often-solved problems are kept, a row is changed, or a second call samples again."""
-    rows = [{"problem": f"{i}+1", "solution": "s", "answer": "1", "extra": i} for i in range(6)]
+    rows = [{"problem": f"{i}+1", "solution": "s", "answer": "1", "extra": f"{i}\ud800"} for i in range(6)]
     pool, out = tmp_path / "pool.jsonl", tmp_path / "hard.jsonl"
     pool.write_text("\n".join(map(json.dumps, [*rows, rows[0], {"problem": ""}])))
     solved, asked = {"0+1": 0, "1+1": 1, "2+1": 1, "3+1": 2, "4+1": 4, "5+1": 0}, []
