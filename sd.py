@@ -465,8 +465,7 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
     rows = [p + r + chat.end_ids[:1] * (width - len(p) - len(r)) for p, r in zip(prompts, responses)]
     ids = torch.tensor(rows, device=chat.model.device)
     hidden = chat.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, D)
-    # the state at t predicts token t + 1: the prompt's last one scores the first response token. Off by one still
-    # trains, on the wrong targets
+    # the state at t predicts token t + 1, the prompt's last one the first of the response; off by one trains on wrong targets
     return torch.cat([h[len(p) - 1 : len(p) - 1 + len(r)] for h, p, r in zip(hidden, prompts, responses)])
 
 
