@@ -491,6 +491,8 @@ def toy_trace(reply: str) -> str | None:
     return reply if re.fullmatch(r"([sth]\d[+*]\d=\d!?)+####\d", reply) else None
 
 
+# ---- Formats: "steps" and "toy" side by side, and where a critique departs from an attempt. ----------------
+
 class Format(NamedTuple):
     """One way of talking to a model. The first three make messages, the last two read text."""
 

@@ -135,20 +135,21 @@ class Run:
 def make_folder(folder: Path) -> None:
     """A new run folder; an old run is moved aside, never overwritten."""
     if (folder / "log.jsonl").exists():
-        claim(folder)
+        old_lock = claim(folder)  # noqa: F841  held until the folder is moved
         old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
         folder.rename(old)
         print(f"{folder} was there; moved to {old}")
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
         raise texts.Refusal(f"--out {folder} is there and is no run folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 @leader
 def claim(folder: Path):
-    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows has no such locks.)"""
+    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows and
+    some network file systems have no such locks.)"""
     file = open(folder / ".lock", "w")
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         try:
@@ -165,9 +166,9 @@ def write_atomic(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-# what may change when a run goes on: nothing that shapes its numbers, but for the critic, which may need mending
+# what may change when a run goes on: nothing that shapes its numbers, but for the critic and the room for what it writes, which may need mending
 RESUMABLE = set("resume out preset steps save_every show_every final_problems export device patience critic critic_model "
-                "critic_parallel critic_timeout critic_max_new_tokens sample_batch micro_batch kl_chunk "
+                "critic_parallel critic_timeout critic_max_new_tokens max_prompt_tokens sample_batch micro_batch kl_chunk "
                 "gradient_checkpointing".split())  # fmt: skip
 
 

@@ -19,6 +19,7 @@ The equations, with p = student and q = teacher over the vocabulary at one token
   (5)  D = KL(q‖p) = Σ_v q (log q − log p)       ∂D/∂z = p − q                             "teacher||student"
 
 Shapes: B rollouts, T response tokens of one, N scored tokens of a micro-batch, D hidden width, V vocabulary.
+What comes in (problems, prompts, models) is in critic_prompts.py, what goes out (log, run folder, evaluation) in eval.py.
 
   python sd.py --condition critique                              no GPU, no hub: a toy world, in a minute or two
   python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
@@ -496,8 +497,8 @@ def kl_naive(student_logits: Tensor, teacher_logits: Tensor, kl: str, temperatur
     return (a.exp() * (a - b)).sum(-1)
 
 
-# Each row of LOSSES gives the loss of every row and writes its gradient wrt z into grad_z, (rows, V). log_p and log_q
-# are buffers that it may overwrite, and grad_z may be log_p's; ids are the drawn tokens, (rows,), a their advantages.
+# Each of LOSSES returns the loss of every row and writes its gradient wrt z into grad_z, (rows, V). It may overwrite log_p
+# and log_q; grad_z may be log_p, and log_q is log_p where there is no teacher. ids: the drawn tokens, a: their advantages.
 
 
 def kl_student_teacher(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
@@ -517,8 +518,7 @@ def kl_teacher_student(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, gra
 
 def policy_gradient(log_p: Tensor, log_q: Tensor, ids: Tensor, a: Tensor, grad_z: Tensor) -> Tensor:
     loss = -a * log_p.gather(1, ids[:, None])[:, 0]
-    one = torch.ones_like(loss)[:, None]
-    torch.mul(log_p.exp_().scatter_add_(1, ids[:, None], -one), a[:, None], out=grad_z)  # p − 1[y], in float32
+    torch.mul(log_p.exp_().scatter_add_(1, ids[:, None], -torch.ones_like(log_p[:, :1])), a[:, None], out=grad_z)  # p − 1[y]
     return loss
 
 
@@ -536,10 +536,11 @@ def log_softmax_of(h: Tensor, lm_head: Tensor, temperature: float, z: Tensor | N
                    out: Tensor | None = None) -> Tensor:
     """log softmax(h Wᵀ / temperature), (rows, V). The buffers z and out, if given, may be the same tensor. float32 from
     the logits on: a bfloat16 log-softmax over 150,000 entries makes small divergences negative."""
-    z = torch.addmm(h.new_zeros(1), h, lm_head.T, beta=0, alpha=1 / temperature, out=z)
-    if out is not None and out.dtype != z.dtype:  # else log_softmax makes a float32 copy of its own
-        z = out.copy_(z)
-    return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32), out=out)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    z = torch.addmm(h.new_zeros(1), h, lm_head.T, beta=0, alpha=1 / temperature if h.dtype == wide else 1, out=z)
+    if h.dtype != wide:  # rounded where the sampler rounds, at the logits: else the drawn tokens are another policy's
+        z = (z.to(wide) if out is None else out.copy_(z)).div_(temperature)
+    return torch.log_softmax(z, -1, out=out)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -556,7 +557,7 @@ class FusedLoss(torch.autograd.Function):
             rows, n = slice(start, start + chunk), min(chunk, N - start)
             p = log_softmax_of(h_student[rows], lm_head, temperature, z[:n], log_p[:n])
             q = p if h_teacher is None else log_softmax_of(h_teacher[rows], lm_head, temperature, z_q[:n], log_q[:n])
-            # in eighths: what a divergence allocates besides stays small, and what it reads again is still in the cache
+            # in eighths, so that what a divergence allocates besides stays small
             for value, *eighth in zip(*(x.chunk(8) for x in (per_row[rows], p, q, ids[rows], advantage[rows], z[:n]))):
                 value.copy_(LOSSES[kl](*eighth))
             grad[rows] = (row_weight[rows, None] / temperature) * (z[:n] @ lm_head)
@@ -584,18 +585,18 @@ def fused_loss(h_student: Tensor, h_teacher: Tensor | None, lm_head: Tensor, row
 
 # ---- 8. Step. ----------------------------------------------------------------------------------------------
 
-def micro_loss(chat: Chat, rollouts: list[Rollout], total: float, cfg: Config) -> tuple[Tensor, Tensor]:
-    """(this micro-batch's share of the step's loss, its terms): D of eq (1), or −A log π in grpo, whose importance ratio is 1.
+def micro_loss(chat: Chat, rollouts: list[Rollout], divisor: float, cfg: Config) -> tuple[Tensor, Tensor]:
+    """(Σ D / divisor, D of each scored token): eq (1), or −A log π in grpo, whose importance ratio is 1.
 
-    One denominator, `total`, the step's scored tokens: a mean of means, over rollouts or micro-batches, would weigh a
-    token by the company it keeps.
+    One divisor for all micro-batches of a step, its scored tokens: a mean of means, over rollouts or micro-batches, would
+    weigh a token by the company it keeps.
     """
     responses, like = [r.scored for r in rollouts], dict(device=chat.model.device)
     ids = torch.tensor(sum(responses, []), **like)  # (N,)
     a = torch.tensor([r.advantage for r in rollouts for _ in r.scored], **like)  # (N,), eq (3)
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, D)
     h_teacher = teacher_hidden(chat, rollouts, responses) if cfg.teacher else None
-    return fused_loss(h_student, h_teacher, chat.head, torch.full((len(ids),), 1 / total, **like), ids=ids, advantage=a,
+    return fused_loss(h_student, h_teacher, chat.head, torch.full((len(ids),), 1 / divisor, **like), ids=ids, advantage=a,
                       kl=cfg.kl if cfg.teacher else "grpo", temperature=cfg.temperature, chunk=cfg.kl_chunk)
 
 
@@ -615,7 +616,7 @@ def train_step(chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Roll
     if not math.isfinite(loss + norm):  # score the rows one by one, to name the first that is to blame
         bad = (i for i, r in enumerate(rollouts) if not math.isfinite(backward(chat, optimizer, [r], total, cfg)
                + sum(p.grad.abs().sum().item() for p in weights if p.grad is not None)))  # fmt: skip
-        raise FloatingPointError(f"row {next(bad, 'of another process')}: loss {loss}, gradient norm {norm}")
+        raise FloatingPointError(f"row {next(bad, 'of another process')}: loss {loss}, gradient norm {norm}; nothing was updated")
     optimizer.step()
     return {"loss": loss, "kl": loss if cfg.teacher else 0.0, "grad_norm": norm}
 
@@ -639,7 +640,7 @@ def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[T
     """Eq (2) for every response token of each packed rollout: a list of (T,), in nats. For people, not for the loss."""
     chat.model.eval()
     whole = [replace(r, scored_length=None) for r in rollouts]
-    estimate = micro_loss(chat, whole, 1.0, replace(cfg, kl="sampled"))[1]
+    estimate = micro_loss(chat, whole, 1.0, replace(cfg, condition="critique", kl="sampled"))[1]
     return list((-estimate).split([len(r.sample.ids) for r in rollouts]))
 
 
@@ -669,12 +670,11 @@ def deferred_interrupt() -> Iterator[list[int]]:
     """Inside, the first Ctrl-C only fills the list, so that the step in flight is finished and saved (torchrun waits for
     it only as long as its --shutdown-timeout says). The second kills, for an exception would wait for http requests."""
     pressed: list[int] = []
-
     def handler(number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         pressed.append(number)
         if not rank():
-            print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+            print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.__stderr__)
 
     before = signal.signal(signal.SIGINT, handler)
     try:
@@ -713,8 +713,8 @@ def train(cfg: Config) -> None:
     if stop:
         raise KeyboardInterrupt
     if failed_steps == 3:
-        raise Refusal(f"every critique failed for 3 steps, or fits no prompt; saved in {cfg.out}. Mend --critic, then "
-                      "add --resume")  # fmt: skip
+        what, mend = ("critique failed, or", "Mend --critic") if cfg.asks_critic else ("solution", "Raise --max-prompt-tokens")
+        raise Refusal(f"every {what} fits no prompt, for 3 steps; saved in {cfg.out}. {mend}, then add --resume")
     if cfg.final_problems:
         print(report.closing(chat, problems.test[: cfg.final_problems], cfg))
     if cfg.export:
@@ -782,7 +782,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # disk full, folder not writable
         message = f"{error}; mend it, then add --resume, if the run had begun"
     except FloatingPointError as error:
-        message = f"not finite in {error}; nothing was updated, and the last checkpoint is good. Train anew with a lower --lr?"
+        message = f"not finite in {error}; the last checkpoint is finite. Train anew with a lower --lr?"
     except KeyboardInterrupt:
         code, message = 130, "stopped; the same command with --resume goes on from the last checkpoint"
     except RuntimeError as error:
