@@ -1044,6 +1044,27 @@ def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, folder, monkeypatch):
     assert evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3 == log_of(tmp_path / "run")[-1]["step"]
 
 
+def press_twice(tmp_path, folder):
+    """A run whose first step is interrupted twice and would take a minute."""
+
+    def hanging(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    sd.take_step = hanging
+    run_in(tmp_path, folder, "--condition", "grpo", "--steps", "9")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, folder):
+    """Fails if it too waits for the step, or leaves no checkpoint to go on from."""
+    child = multiprocessing.get_context("forkserver").Process(target=press_twice, args=(tmp_path, folder))
+    child.start()
+    child.join(50)
+    assert child.exitcode == -signal.SIGINT
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1", "--resume") == 0
+
+
 def test_a_run_can_go_on_from_its_first_moment(tmp_path, folder, monkeypatch):
     """Out of memory in step 1, say. Fails if the advice to add --resume finds no checkpoint."""
     with monkeypatch.context() as patch:
@@ -1077,6 +1098,19 @@ def test_two_runs_share_no_folder(tmp_path, folder, capfd):
         assert run_in(tmp_path, folder, *flags, *more) == 2 and "another run" in capfd.readouterr().err
     live.close()
     assert os.listdir(tmp_path) == ["run"] and run_in(tmp_path, folder, *flags, "--resume") == 0
+    (tmp_path / "killed at once/run").mkdir(parents=True)
+    (tmp_path / "killed at once/run/.lock").touch()
+    assert run_in(tmp_path / "killed at once", folder, *flags) == 0
+
+
+def test_a_run_without_room_for_a_context_says_so_and_goes_on_with_more(tmp_path, folder, capfd):
+    """Fails if the critic is blamed where nobody asked one, or the mend that the message names is refused."""
+    flags = ["--condition", "reference", "--steps", "4"]
+    assert run_in(tmp_path, folder, *flags, "--max-prompt-tokens", "5") == 2
+    error = capfd.readouterr().err
+    assert "--max-prompt-tokens" in error and "critic" not in error
+    assert run_in(tmp_path, folder, *flags, "--max-prompt-tokens", "0", "--resume") == 0
+    assert [line["scored"] for line in log_of(tmp_path / "run") if "scored" in line] == [0, 0, 0, 4]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
