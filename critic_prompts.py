@@ -452,7 +452,8 @@ def critic_task(problem: str, attempt: str, solution: str | None) -> str:
     return CRITIC_TASK.format(problem=problem, attempt=attempt, notes=notes)
 
 
-STEP = re.compile(r"<step_(\d{1,9})>((?:(?!<step_).)*?)</step_\1>", re.DOTALL)  # stops at the next opening tag: linear
+TAG = r"<step_(\d{1,9})>"
+STEP = re.compile(TAG + r"((?:(?!<step_).)*?)</step_\1>", re.DOTALL)  # stops at the next opening tag: linear
 
 
 def steps_find(text: str) -> list[str]:
@@ -460,7 +461,7 @@ def steps_find(text: str) -> list[str]:
 
 
 def steps_trace(reply: str) -> str | None:
-    start, end = re.search(r"<step_\d{1,9}>", reply), reply.rfind("</answer>")  # without "Here is the mended trace:"
+    start, end = re.search(TAG, reply), reply.rfind("</answer>")  # without "Here is the mended trace:"
     trace = reply[start.start() : end + len("</answer>")] if start and end >= 0 else ""
     numbers = [int(n) for n, _ in STEP.findall(trace)]
     return trace if numbers and numbers == sorted(set(numbers)) else None  # a loop or an echo counts twice
@@ -515,7 +516,7 @@ def first_edit(chat: Chat, ids: list[int], critique: str) -> int:
     Compares text, so it holds for any tokenizer; searches by halves, so it decodes log T prefixes and not T. A critique
     begins at its first step tag: what the attempt says before its own counts as copied.
     """
-    tag = re.match(r"<step_\d+>", critique)
+    tag = re.match(TAG, critique)
     lead = max(0, chat.decode(ids).find(tag[0])) if tag else 0
     low, high = 0, len(ids)  # the first `low` tokens are copied, the first high + 1 are not
     while low < high:
