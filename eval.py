@@ -71,7 +71,7 @@ def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class Run:
-    """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/."""
+    """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/, .lock."""
 
     # steps taken, position in the data, best validation score, evaluations since then
     STATE = {"step": int, "seen": int, "best": float, "stale": int}
@@ -135,9 +135,9 @@ class Run:
 def make_folder(folder: Path) -> None:
     """A new run folder; an old run is moved aside, never overwritten."""
     if (folder / "log.jsonl").exists():
-        old_lock = claim(folder)  # noqa: F841  held until the folder is moved
         old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
-        folder.rename(old)
+        with claim(folder):  # until it is moved
+            folder.rename(old)
         print(f"{folder} was there; moved to {old}")
     elif folder.exists() and not (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
         raise texts.Refusal(f"--out {folder} is there and is no run folder; name another")
@@ -146,16 +146,19 @@ def make_folder(folder: Path) -> None:
 
 @leader
 def claim(folder: Path):
-    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows and
-    some network file systems have no such locks.)"""
-    file = open(folder / ".lock", "w")
-    with contextlib.suppress(ImportError, OSError):
+    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows
+    and some network file systems have no such locks.)"""
+    try:
         import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise texts.Refusal(f"another run is at work in {folder}; name another --out") from None
+    except ImportError:
+        return contextlib.nullcontext()  # there, an open file would keep the folder from being moved
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise texts.Refusal(f"another run is at work in {folder}; name another --out") from None
+    except OSError:  # no locks on this file system
+        pass
     return file
 
 
