@@ -1621,7 +1621,7 @@ def test_reproduce_goes_on_where_it_stopped_and_repeats_to_the_digit(folder, tmp
     assert evaluation.main(longer) == 0 and (tmp_path / "r/table.md").read_text() != first
     assert evaluation.main([*longer, "--temperature", "0.5"]) == 2 and "another temperature" in capsys.readouterr().err
     assert len(list((tmp_path / "r").glob("*-seed1"))) == 3 and "| critique − grpo |" in first and "nan" not in first
-    for other, words in ((["--critic", str(folder)], "another critic"), (["--patience", "2"], "--patience"), (["--steps", "2"], "3 steps already")):
+    for other, words in ((["--critic", str(folder)], "another critic"), (["--eval-every", "1", "--patience", "2"], "drop --patience"), (["--steps", "2"], "3 steps already")):
         assert evaluation.main([*longer, *other]) == 2 and words in capsys.readouterr().err
     assert evaluation.main(["--reproduce", "--seeds", "0"]) == 2 and "--seeds" in capsys.readouterr().err
 
