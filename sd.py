@@ -37,6 +37,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,8 +65,8 @@ class Config:
 
     condition: str = knob("critique", "who writes what the teacher reads", lambda: CONDITIONS)
     preset: str = knob("auto", "auto is toy without CUDA and --model", lambda: ("auto", *PRESETS))
-    model: str = knob("Qwen/Qwen3-1.7B", "the solver: hub name, folder, or toy (paper)")
-    data: str = knob("hub:agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json", ".json[l], hub:…, or toy")
+    model: str = knob("Qwen/Qwen3-1.7B", "the solver: hub name or folder (paper)")
+    data: str = knob("hub:agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json", ".json[l] or hub:…")
     prompts: str = knob("steps", "format in critic_prompts.py", lambda: FORMATS)
     test_problems: int = knob(100, "problems held out for eval.py", low=1)
     validation_problems: int = knob(50, "problems held out to choose best.pt", low=0)
@@ -112,9 +113,11 @@ class Config:
     attempts_per_problem = property(lambda cfg: 1 if cfg.teacher else cfg.group_size)
 
 
+TOY = Path(__file__).resolve().parent / "toy"
+
 PRESETS = {
     "toy": dict(
-        model="toy", data="toy", prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16,
+        model=str(TOY), data=str(TOY / "problems.jsonl"), prompts="toy", steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16,
         lora_alpha=32.0, temperature=1.0, max_new_tokens=64, sample_batch=1024, micro_batch=32,
         gradient_checkpointing=False, final_problems=100,
     ),
@@ -741,8 +744,7 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         return report.resumed_config(given)
     name, why = given.get("preset", "auto"), "as asked"
     if name == "auto":
-        own = given.get("model", "toy") != "toy"
-        real = "--model is given" if own else "CUDA is there" if torch.cuda.is_available() else None
+        real = "--model is given" if "model" in given else "CUDA is there" if torch.cuda.is_available() else None
         name, why = ("qwen", real) if real else ("toy", "neither CUDA nor --model")
     cfg = replace(Config(), **{**PRESETS[name], **given, "preset": name})
     return check(replace(cfg, out=cfg.out or f"runs/{cfg.condition}")), why

@@ -32,6 +32,9 @@ import eval as evaluation
 import sd
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "toy"))
+import make  # noqa: E402
+
 KL = ["student||teacher", "teacher||student"]
 torch.set_num_threads(2)
 
@@ -41,7 +44,7 @@ def tiny_model(**changes):
     torch.manual_seed(0)
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
                  max_position_embeddings=128, initializer_range=0.4)  # fmt: skip
-    tokenizer = critic_prompts.toy_tokenizer()
+    tokenizer = make.toy_tokenizer()
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer), tie_word_embeddings=False,
         eos_token_id=0, pad_token_id=0, bos_token_id=None, **{**shape, **changes},
@@ -58,7 +61,7 @@ def folder(tmp_path_factory):
     model.generation_config.do_sample, model.generation_config.top_k = True, 1
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    language = critic_prompts.ToyLanguage(seed=1)
+    language = make.ToyLanguage(seed=1)
     (path / "problems.jsonl").write_text(
         "".join(json.dumps(language.row(language.problem())) + "\n" for _ in range(60))
     )
@@ -77,7 +80,7 @@ def config(**changes) -> sd.Config:
 
 def rollouts_of(chat, cfg, n=6, seed=0) -> list[sd.Rollout]:
     """n rollouts with contexts and advantages, packed for cfg's condition."""
-    language = critic_prompts.ToyLanguage(seed)
+    language = make.ToyLanguage(seed)
     problems = [critic_prompts.read_row(language.row(language.problem())) for _ in range(n)]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, seed=seed)
     for i, r in enumerate(rollouts):
@@ -922,15 +925,10 @@ def test_every_epoch_visits_every_problem_once():
 # ---- the toy world
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    return critic_prompts.toy_world(steps=200, root=tmp_path_factory.mktemp("toy"))
-
-
 def test_toy_examples_are_right():
     """Fails if a solution is wrong, the misconception is missing, a critique changes the attempt's surface, or a reader
     who slipped goes on with the solution's numbers instead of the own."""
-    language, solved = critic_prompts.ToyLanguage(seed=0), 0
+    language, solved = make.ToyLanguage(seed=0), 0
     follows = lambda step: (
         (int(step[1]) + int(step[3]) if step[2] == "+" else int(step[1]) * int(step[3])) % 10 == int(step[5])
     )
@@ -956,16 +954,16 @@ def test_toy_examples_are_right():
     assert 30 < solved < 90  # about 20 %
 
 
-def test_the_toy_critic_is_a_model_that_mends_what_it_reads(toy):
+def test_the_toy_critic_is_a_model_that_mends_what_it_reads(tmp_path):
     """After a short pre-training already. Fails if critic, follower and solver prompts differ from the loop's."""
-    chat = sd.load_model(str(toy))
-    cfg = config(data=str(toy / "problems.jsonl"), max_new_tokens=40, temperature=1.0)
+    make.make(tmp_path, steps=200)
+    chat = sd.load_model(str(tmp_path))
+    cfg = config(data=str(tmp_path / "problems.jsonl"), max_new_tokens=40, temperature=1.0)
     rollouts = sd.attempt(chat, list(enumerate(sd.load_problems(cfg, chat).test)), cfg)
     critiques, _ = sd.query_critic(rollouts, sd.LocalCritic(chat, 80, 1024), cfg)
     right = np.mean([c is not None and sd.is_correct(c, r.problem.answer) for r, c in zip(rollouts, critiques)])
     solved = np.mean([r.reward for r in rollouts])
     assert solved < 0.55 and right > solved + 0.3
-    assert critic_prompts.toy_world(steps=200, root=toy.parent) == toy  # found again, not built again
 
 
 # ---- command line, log, resume
@@ -1131,9 +1129,8 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
     (["--condition", "grpo", "--attempts-per-step", "9"], "--group-size"), (["--nonsense"], "--nonsense"), (["--critic", "http://x/v1"], "--critic-model"),
     (["--resume", "--out", "/nowhere"], "/nowhere"), (["--eval-every", "1", "--validation-problems", "0"], "--validation-problems"), (["--preset", "big"], "--preset"), (["--device", "cud"], "--device"), (["--group-size", "1"], "--group-size"),
 ])  # fmt: skip
-def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch, toy):
+def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch):
     """Fails if a mistake ends in a traceback, a usage text, or a run with another value than asked for."""
-    monkeypatch.setattr(critic_prompts, "toy_world", lambda: toy)
     monkeypatch.setattr(critic_prompts, "hub_answers", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert sd.main(["--condition", "critique", *flags]) == 2
@@ -1448,11 +1445,10 @@ def test_500_random_rollouts_keep_the_invariants(chat):
 # ---- README
 
 
-def test_the_readmes_step_by_hand_runs(toy, monkeypatch, capsys):
+def test_the_readmes_step_by_hand_runs(capsys):
     """Fails if the block on the README's page no longer fits the code."""
     block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)[1]
     assert block.count("\n") <= 26
-    monkeypatch.setattr(critic_prompts, "toy_world", lambda: toy)
     exec(block, {})
     printed = capsys.readouterr().out
     losses = [float(value) for value in re.findall(r"'loss': ([\d.e-]+)", printed)]
@@ -1579,10 +1575,9 @@ def test_the_page_shows_what_a_model_wrote_as_text():
     assert "\x1b[2J" not in evaluation.terminal({**e, "rows": {"critique": row}})
 
 
-def test_tokens_runs_on_a_trained_toy(toy, tmp_path, monkeypatch, capsys):
-    """The whole study, on a base of 200 steps. Fails if a context's advantage is that of another, or critique and
+def test_tokens_runs_on_a_trained_toy(tmp_path, monkeypatch, capsys):
+    """The whole study. Fails if a context's advantage is that of another, or critique and
     reference do not differ where the paper says they do."""
-    monkeypatch.setattr(critic_prompts, "toy_world", lambda: toy)
     monkeypatch.chdir(tmp_path)
     assert sd.main(["--preset", "toy", "--steps", "0", "--final-problems", "0"]) == 0
     assert evaluation.main(["--tokens", "runs/critique", "--problems", "20"]) == 0
@@ -1861,9 +1856,9 @@ def benchmark(real: str | None) -> None:
         for what in HALF if first else ():
             smaller = peak("loss", "fused", HALF[what]) / memory["fused"]
             row(f"fused, {what}", f"× {ratio(seconds, what, 'fused'):.2f}", f"× {smaller:.2f}")
-    toy = critic_prompts.toy_world()
+    toy = HERE / "toy"
     chat = sd.load_model(str(toy))
-    language, nine = critic_prompts.ToyLanguage(1), chat.tokenizer.convert_tokens_to_ids("9")
+    language, nine = make.ToyLanguage(1), chat.tokenizer.convert_tokens_to_ids("9")
     prompts = [chat.encode(sd.FORMATS["toy"].student(language.problem())) for _ in range(128)]
     sampled("toy, 128 rows, uneven (a 9 ends a row too)", 20, chat, prompts, [0, nine], 1.0, 64)
     sampled("toy, 128 rows of 39", 20, chat, prompts, [0], 1.0, 64)
