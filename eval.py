@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise texts.Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
+        raise sd.Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         numbers = {name: kind(state[name]) for name, kind in Run.STATE.items()}
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> dict:
         state = {"config": sd.Config(**state["config"]), **numbers, "adapters": weights, "optimizer": state["optimizer"]}
     except Exception as error:
         reason = f"cut off, or of another version: {type(error).__name__}"
-        raise texts.Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
+        raise sd.Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
     sd.check(state["config"])
     return state
 
@@ -64,7 +64,7 @@ def load_checkpoint(path: Path) -> dict:
 def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
     own = sd.adapters(model)
     if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in weights.items()}:
-        raise texts.Refusal("the checkpoint's adapters do not fit the model; was --model's folder changed?")
+        raise sd.Refusal("the checkpoint's adapters do not fit the model; was --model's folder changed?")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(weights[name])
@@ -76,7 +76,7 @@ class Run:
     # steps taken, position in the data, best validation score, evaluations since then
     STATE = {"step": int, "seen": int, "best": float, "stale": int}
 
-    def __init__(self, cfg: sd.Config, chat: texts.Chat):
+    def __init__(self, cfg: sd.Config, chat: sd.Chat):
         self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
         self.optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
         self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
@@ -87,7 +87,7 @@ class Run:
             self.restore()
             return
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        self.log({"config": asdict(cfg), "versions": versions, "grader": texts.grader()})
+        self.log({"config": asdict(cfg), "versions": versions, "grader": sd.grader()})
         self.save()
 
     @leader
@@ -114,7 +114,7 @@ class Run:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise texts.Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
+            raise sd.Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
         self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
         write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
 
@@ -140,7 +140,7 @@ def make_folder(folder: Path) -> None:
             folder.rename(old)
         print(f"{folder} was there; moved to {old}")
     elif folder.exists() and not (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
-        raise texts.Refusal(f"--out {folder} is there and is no run folder; name another")
+        raise sd.Refusal(f"--out {folder} is there and is no run folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -156,7 +156,7 @@ def claim(folder: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise texts.Refusal(f"another run is at work in {folder}; name another --out") from None
+        raise sd.Refusal(f"another run is at work in {folder}; name another --out") from None
     except OSError:  # no locks on this file system
         pass
     return file
@@ -181,10 +181,10 @@ def resumed_config(given: dict) -> tuple[sd.Config, str]:
     saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
     for name in given.keys() - RESUMABLE:
         if getattr(saved, name) != given[name]:
-            raise texts.Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
+            raise sd.Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
                           "or --resume")  # fmt: skip
-    if texts.is_url(saved.critic) and "critic" not in given:
-        raise texts.Refusal("argument --critic: name the http critic again; the API key goes to no address out of a file")
+    if sd.is_url(saved.critic) and "critic" not in given:
+        raise sd.Refusal("argument --critic: name the http critic again; the API key goes to no address out of a file")
     return sd.check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
 
 
@@ -194,7 +194,7 @@ METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "
 SEED = 1_000_003  # of every evaluation, so that base and runs draw from the same uniforms; not a training seed
 
 
-def evaluate(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config, numbers=None) -> list[list[dict]]:
+def evaluate(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config, numbers=None) -> list[list[dict]]:
     """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}.
     A problem's draws follow from SEED and its number, by default its place in the list."""
     numbered = list(zip(range(len(problems)) if numbers is None else numbers, problems))
@@ -219,7 +219,7 @@ def maj_at_k(attempts: list[dict]) -> float:
     votes: dict[object, list[bool]] = defaultdict(list)
     for a in attempts:
         if a["answer"] is not None:
-            number = texts.as_number(a["answer"])
+            number = sd.as_number(a["answer"])
             votes[texts.normalise(a["answer"]) if number is None else number].append(a["correct"])
     most = max(map(len, votes.values()), default=0)
     return float(np.mean([own[0] for own in votes.values() if len(own) == most])) if votes else 0.0
@@ -271,8 +271,8 @@ def load_run(folder: Path | str, checkpoint: str) -> tuple[sd.Config, dict]:
     return state["config"], state["adapters"]
 
 
-def load_trained(cfg: sd.Config, weights: dict) -> texts.Chat:
-    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
+def load_trained(cfg: sd.Config, weights: dict) -> sd.Chat:
+    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     sd.add_adapters(chat.model, cfg)
     load_adapters(chat.model, weights)
     return chat
@@ -288,11 +288,11 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
     for folder, (cfg, _) in runs.items():
         for name in ALIKE:
             if getattr(cfg, name) != getattr(base, name):
-                raise texts.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
+                raise sd.Refusal(f"{folder} and {folders[0]} differ in {name}: they cannot share a table")
     base = replace(base, eval_samples=samples or base.eval_samples)
     out.mkdir(parents=True, exist_ok=True)
-    chat = texts.load_model(base.model, base.dtype, base.device)
-    problems = texts.load_problems(base, chat).test[:count]
+    chat = sd.load_model(base.model, base.dtype, base.device)
+    problems = sd.load_problems(base, chat).test[:count]
     attempts = {"base": evaluate(chat, problems, base)}
     del chat
     for folder, (cfg, weights) in runs.items():
@@ -324,13 +324,13 @@ def ratio(top: np.ndarray, bottom: np.ndarray) -> dict:
     return {"value": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high)}
 
 
-def wrong_step(chat: texts.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[int, int, int]:
+def wrong_step(chat: sd.Chat, rollout: sd.Rollout, critique: str, fmt) -> tuple[int, int, int]:
     """(start, end, edit) in tokens: the attempt's step in which the critique first departs from it, and the departure.
 
     Without steps in the attempt, its line counts as a step.
     """
     ids = rollout.sample.ids
-    edit = texts.first_edit(chat, ids, critique)
+    edit = texts.first_edit(chat.decode, ids, critique)
     ends = [len(chat.decode(ids[: t + 1])) for t in range(len(ids))]  # of each token in the text
     text, place = chat.decode(ids), ends[edit - 1] if edit else 0
     starts, position = [], 0
@@ -350,7 +350,7 @@ def wrong_step(chat: texts.Chat, rollout: sd.Rollout, critique: str, fmt) -> tup
 
 
 def advantages(
-    chat: texts.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
+    chat: sd.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
 ) -> list[np.ndarray | None]:
     """A_t, eq (2), of each attempt's tokens under its context; None where there is none."""
     cfg = replace(cfg, condition="critique", stop_at_first_edit=False)
@@ -358,14 +358,14 @@ def advantages(
         r.context = context
     packed = sd.pack(chat, rollouts, cfg)
     found: dict[int, np.ndarray] = {}
-    for start in texts.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
+    for start in sd.progress(range(0, len(packed), cfg.micro_batch), desc="score"):
         part = packed[start : start + cfg.micro_batch]
         found |= {id(r): a.float().cpu().numpy() for r, a in zip(part, sd.token_advantages(chat, part, cfg))}
     return [found.get(id(r)) for r in rollouts]
 
 
 @torch.no_grad()
-def alternatives(chat: texts.Chat, rollout: sd.Rollout, context: str, cfg: sd.Config) -> list[str]:
+def alternatives(chat: sd.Chat, rollout: sd.Rollout, context: str, cfg: sd.Config) -> list[str]:
     """The teacher's three likeliest tokens at each position, in words."""
     prompt = sd.teacher_prompt(chat, rollout.problem.question, context, cfg)
     hidden = sd.response_hidden(chat, [prompt], [rollout.sample.ids])
@@ -407,11 +407,11 @@ def localise(rollouts, samples: int, found: list, places: list) -> dict:
 def study_tokens(folder: str, count: int | None, samples: int | None, url: str | None) -> str:
     """The table of all contexts. Writes tokens.md, tokens.json and tokens.html into the run folder."""
     cfg, _ = load_run(folder, "checkpoint.pt")
-    if texts.is_url(cfg.critic) and cfg.critic != url:
-        raise texts.Refusal(f"argument --critic: pass {cfg.critic} if you trust it; the API key goes to no address out of a file")
-    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
+    if sd.is_url(cfg.critic) and cfg.critic != url:
+        raise sd.Refusal(f"argument --critic: pass {cfg.critic} if you trust it; the API key goes to no address out of a file")
+    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     critic, fmt, samples = sd.load_critic(cfg, chat), texts.FORMATS[cfg.prompts], samples or 4
-    problems = texts.load_problems(cfg, chat).test[: count or 50]
+    problems = sd.load_problems(cfg, chat).test[: count or 50]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, SEED)
     contexts = {
         f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0]
@@ -424,12 +424,12 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
     mended, places = contexts["critique (copy)"], [None] * len(rollouts)
     for i in whole:
         r = rollouts[i]
-        if not r.reward and texts.is_correct(mended[i], r.problem.answer):
+        if not r.reward and sd.is_correct(mended[i], r.problem.answer):
             places[i] = wrong_step(chat, r, mended[i], fmt)
     common = {name: [a if i in whole else None for i, a in enumerate(values)] for name, values in found.items()}
     numbers = {name: localise(rollouts, samples, values, places) for name, values in common.items()}
     grpo = sd.group_advantages([r.reward for r in rollouts], samples)
-    perfect = lambda i: texts.first_edit(chat, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
+    perfect = lambda i: texts.first_edit(chat.decode, rollouts[i].sample.ids, mended[i]) == len(rollouts[i].sample.ids)
     shown = ("critique (copy)", "reference")
     telling = sorted(having(shown), key=lambda i: (grpo[i] == 0, not places[i]))  # groups with both outcomes first
     picks = [
@@ -465,7 +465,7 @@ def numbers_table(numbers: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def example(chat: texts.Chat, r: sd.Rollout, scored: dict, grpo: float, place, cfg: sd.Config) -> dict:
+def example(chat: sd.Chat, r: sd.Rollout, scored: dict, grpo: float, place, cfg: sd.Config) -> dict:
     """One attempt for the pictures: tokens, and a row of advantages for each condition."""
     rows = {}
     for name, (a, context) in scored.items():
@@ -496,7 +496,7 @@ def terminal(e: dict) -> str:
         cells = []
         for t, (token, a) in enumerate(zip(e["tokens"], row["advantage"])):
             token = ("▼" if t == e["edit"] else "") + token
-            token = texts.printable(token)
+            token = sd.printable(token)
             r, g, b = shade(a)
             under = "\x1b[4m" if a < -0.05 else ""
             plain = f"{token}[{a:+.1f}]" if abs(a) >= 0.05 and name != "grpo" else token
@@ -574,15 +574,15 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
         cfg = replace(cfg, eval_every=max(1, cfg.steps // 10))
         command += ["--eval-every", str(cfg.eval_every)]
     if cfg.patience or cfg.eval_every > cfg.steps:
-        raise texts.Refusal("the arms of --reproduce are compared at equal steps: drop --patience, and give --eval-every "
+        raise sd.Refusal("the arms of --reproduce are compared at equal steps: drop --patience, and give --eval-every "
                             "at most --steps")  # fmt: skip
     if (folder / "checkpoint.pt").exists():
         state = load_checkpoint(folder / "checkpoint.pt")
         for name in vars(cfg).keys() - RESUMABLE | {"critic", "critic_model", "critic_max_new_tokens"}:
             if getattr(state["config"], name) != getattr(cfg, name):
-                raise texts.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
+                raise sd.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
         if state["step"] > cfg.steps:
-            raise texts.Refusal(f"{folder} has taken {state['step']} steps already; name another --out, or more --steps")
+            raise sd.Refusal(f"{folder} has taken {state['step']} steps already; name another --out, or more --steps")
         if state["step"] == cfg.steps:
             return folder
         command.append("--resume")
@@ -594,7 +594,7 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise texts.Refusal(f"training {folder} ended with {code}: {heard.getvalue().strip().splitlines()[-1]}")
+        raise sd.Refusal(f"training {folder} ended with {code}: {heard.getvalue().strip().splitlines()[-1]}")
     return folder
 
 
@@ -618,7 +618,7 @@ def test_scores(folder: Path, checkpoint: str) -> dict[str, float]:
     if not kept.exists():
         cfg, weights = load_run(folder, checkpoint)
         chat = load_trained(cfg, weights)
-        result = scores(evaluate(chat, texts.load_problems(cfg, chat).test, cfg))
+        result = scores(evaluate(chat, sd.load_problems(cfg, chat).test, cfg))
         write_atomic(kept, json.dumps({name: float(values.mean()) for name, values in result.items()}).encode())
     return json.loads(kept.read_text())
 
@@ -640,8 +640,8 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
             runs[arm] = [train_once(root, arm, rates[arm], seed, flags) for seed in range(seeds)]
             bar.update(seeds - 1)
     cfg, _ = load_run(runs["critique"][0], "checkpoint.pt")
-    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
-    problems = texts.load_problems(cfg, chat).test
+    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    problems = sd.load_problems(cfg, chat).test
     base = {name: float(values.mean()) for name, values in scores(evaluate(chat, problems, cfg)).items()}
     rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
     text = results_text(cfg, base, runs, rates, len(problems), seeds)
@@ -695,14 +695,14 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        raise texts.Refusal("--plot needs matplotlib: pip install matplotlib") from None
+        raise sd.Refusal("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "sd", "font.size": 10, "svg.fonttype": "none", "text.parse_math": False}
     import matplotlib.pyplot as plt
 
     for path, command in ((root / "table.json", "--reproduce"), (tokens / "tokens.json", f"--tokens {tokens}")):
         if not path.exists():
-            raise texts.Refusal(f"{path} is missing; run python eval.py {command} first")
+            raise sd.Refusal(f"{path} is missing; run python eval.py {command} first")
     out.mkdir(parents=True, exist_ok=True)
     runs = json.loads((root / "table.json").read_text())["runs"]
     k = load_run(runs["critique"][0], "checkpoint.pt")[0].eval_samples
@@ -750,12 +750,12 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
 def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores go to OUT.scores.jsonl as they come, so that the same command goes on."""
     cfg, _ = sd.parse_config([*flags, "--data", str(pool), "--eval-samples", str(samples)])
-    chat = texts.load_model(cfg.model, cfg.dtype, cfg.device)
-    rows, dropped = texts.read_problems(cfg, chat)
+    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    rows, dropped = sd.read_problems(cfg, chat)
     how = {name: getattr(cfg, name) for name in ("model", "prompts", "temperature", "max_new_tokens", "eval_samples")}
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = Path(f"{out}.scores.jsonl")
-    entries = [entry for _, entry in texts.read_rows(kept)] if kept.exists() else []  # a line cut by a kill is no dict
+    entries = [entry for _, entry in sd.read_rows(kept)] if kept.exists() else []  # a line cut by a kill is no dict
     known = {e["problem"]: e["avg"] for e in entries if isinstance(e, dict) and e.get("how") == how}
     todo = [(i, key, problem) for i, (key, (problem, _)) in enumerate(rows.items()) if key not in known]
     at_once = max(1, cfg.sample_batch // samples)
@@ -771,20 +771,20 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
     dropped[f"solved {below:g} or more of the time"] = sum(known[key] >= below for key in rows)
     chosen = [row for key, (_, row) in rows.items() if 0 < known[key] < below]
     write_atomic(out, "".join(json.dumps(row) + "\n" for row in chosen).encode())
-    return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {texts.spell(dropped)}"
+    return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {sd.spell(dropped)}"
 
 
 # ---- 7. What sd.py prints: at its start, after each step, at its end. --------------------------------------
 
-def opening(chat: texts.Chat, problems: texts.Split) -> str:
+def opening(chat: sd.Chat, problems: sd.Split) -> str:
     trained = sum(p.numel() for p in sd.adapters(chat.model).values())
     parts = zip(("train", "validation", "test"), map(len, problems))
     return (f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
             f"{chat.model.device} | {', '.join(f'{n} {name}' for name, n in parts)} problems "
-            f"(dropped: {texts.spell(problems.dropped)})")  # fmt: skip
+            f"(dropped: {sd.spell(problems.dropped)})")  # fmt: skip
 
 
-def measure(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
+def measure(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
     """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
     find, asks_critic = texts.FORMATS[cfg.prompts].steps, cfg.asks_critic
     scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
@@ -828,7 +828,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 @leader
-def step(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
+def step(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
     """One line a step, a warning where one is due, and now and then an example."""
     seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
     print(
@@ -844,12 +844,12 @@ def step(chat: texts.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Criti
     if 2 * m["critic_failed"] > cfg.attempts_per_step:
         error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
         print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out "
-              f"({texts.printable(error)})")  # fmt: skip
+              f"({sd.printable(error)})")  # fmt: skip
     if rollouts and cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
         show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
 
 
-def show(chat: texts.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
+def show(chat: sd.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
     """One problem, attempt and context, and the five tokens whose probability the teacher would move most."""
     lines = [
         f"problem    {rollout.problem.question}   [answer {rollout.problem.answer}]",
@@ -865,10 +865,10 @@ def show(chat: texts.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
         tokens = (f"{chat.tokenizer.decode([rollout.sample.ids[t]])!r} at {t} {a[t]:+.2f}" for t in top)
         lines.append(f"moved      {', '.join(tokens)}   [A_t of eq (2), nats]")
     for line in lines:
-        print("  " + texts.printable(line))
+        print("  " + sd.printable(line))
 
 
-def validate(run: Run, problems: list[texts.Problem]) -> None:
+def validate(run: Run, problems: list[sd.Problem]) -> None:
     """Score the validation problems, and keep the adapters in best.pt if they never did better."""
     score = float(scores(evaluate(run.chat, problems, run.cfg))["Avg"].mean())
     run.log({"step": run.step, "validation_avg": score})
@@ -878,7 +878,7 @@ def validate(run: Run, problems: list[texts.Problem]) -> None:
         run.save("best.pt")
 
 
-def closing(chat: texts.Chat, problems: list[texts.Problem], cfg: sd.Config) -> str:
+def closing(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) -> str:
     """What sd.py prints at its end: base (adapter off) → trained, on held-out problems, same seeds."""
     with sd.adapters_off(chat.model):
         before = scores(evaluate(chat, problems, cfg))
@@ -901,7 +901,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="--reproduce and --filter pass what follows -- on to sd.py: eval.py --reproduce -- --model FOLDER --data FILE",
     )  # fmt: skip
-    parser.error = texts.refuse
+    parser.error = sd.refuse
     parser.add_argument("runs", nargs="*", help="run folders written by sd.py, to be compared")
     parser.add_argument("--tokens", metavar="RUN", help="per-token advantage on the problems that RUN held out")
     parser.add_argument("--reproduce", action="store_true", help="train and evaluate every arm; goes on where it stopped")
@@ -922,9 +922,9 @@ def main(argv: list[str] | None = None) -> int:
         args, flags = parser.parse_args(argv[:own]), argv[own + 1 :]
         for name in ("samples", "problems", "seeds"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise texts.Refusal(f"argument --{name}: {getattr(args, name)} is out of range; the least is 1")
+                raise sd.Refusal(f"argument --{name}: {getattr(args, name)} is out of range; the least is 1")
         if flags and not (args.reproduce or args.filter):
-            raise texts.Refusal(f"argument {flags[0]}: only --reproduce and --filter pass flags on to sd.py")
+            raise sd.Refusal(f"argument {flags[0]}: only --reproduce and --filter pass flags on to sd.py")
         if args.reproduce:
             print(reproduce(Path(args.out or "runs/reproduce"), args.seeds, flags))
         elif args.tokens:
@@ -937,13 +937,13 @@ def main(argv: list[str] | None = None) -> int:
             out = Path(args.out or Path(args.runs[0]).parent)
             print(evaluate_runs(args.runs, args.checkpoint, args.problems, args.samples, out))
         else:
-            raise texts.Refusal("name run folders, or one of --tokens, --reproduce, --plot, --filter; see --help")
+            raise sd.Refusal("name run folders, or one of --tokens, --reproduce, --plot, --filter; see --help")
         return 0
-    except texts.Refusal as refusal:
-        print(f"eval.py: {texts.printable(str(refusal))}", file=sys.stderr)
+    except sd.Refusal as refusal:
+        print(f"eval.py: {sd.printable(str(refusal))}", file=sys.stderr)
         return 2
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"eval.py: {texts.printable(str(error))[:300]}", file=sys.stderr)
+        print(f"eval.py: {sd.printable(str(error))[:300]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("eval.py: stopped; --reproduce and --filter go on where they were", file=sys.stderr)

@@ -81,7 +81,7 @@ def config(**changes) -> sd.Config:
 def rollouts_of(chat, cfg, n=6, seed=0) -> list[sd.Rollout]:
     """n rollouts with contexts and advantages, packed for cfg's condition."""
     language = make.ToyLanguage(seed)
-    problems = [critic_prompts.read_row(language.row(language.problem())) for _ in range(n)]
+    problems = [sd.read_row(language.row(language.problem())) for _ in range(n)]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, seed=seed)
     for i, r in enumerate(rollouts):
         r.context, r.advantage = r.problem.solution, (-1.0) ** i * (i + 1)
@@ -512,7 +512,7 @@ def test_both_rows_end_in_the_very_ids_that_were_drawn(chat, stop):
     sd.train_step(chat, torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.1), rollouts, cfg)
     handle.remove()
     for r, student, teacher in zip(rollouts, rows[::2], rows[1::2]):
-        scored = r.sample.ids[: critic_prompts.first_edit(chat, r.sample.ids, r.context) + 1] if stop else r.sample.ids
+        scored = r.sample.ids[: critic_prompts.first_edit(chat.decode, r.sample.ids, r.context) + 1] if stop else r.sample.ids
         question = critic_prompts.FORMATS["toy"].student(r.problem.question)
         assert student == chat.encode(question) + scored
         assert teacher == chat.encode(critic_prompts.FORMATS["toy"].teacher(r.problem.question, r.context)) + scored
@@ -536,9 +536,9 @@ def test_the_first_edit_is_found_for_any_tokenizer():
             (t for t in range(len(ids)) if not critique.startswith(chat.decode(ids[: t + 1]).rstrip("\ufffd"))),
             len(ids),
         )
-        assert critic_prompts.first_edit(chat, ids, critique) == scan and same <= scan <= same + 3
+        assert critic_prompts.first_edit(chat.decode, ids, critique) == scan and same <= scan <= same + 3
     attempt, critique = "First I add.\n<step_1>1 + 1 = 3</step_1>", "<step_1>1 + 1 = 2</step_1>"
-    assert critic_prompts.first_edit(chat, list(attempt.encode()), critique) == attempt.index("3")
+    assert critic_prompts.first_edit(chat.decode, list(attempt.encode()), critique) == attempt.index("3")
 
 
 THINKS = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}=={% endif %}{% endif %}"
@@ -837,7 +837,7 @@ GRADES = [
 @pytest.mark.parametrize("text, answer, right", GRADES)
 def test_grader(text, answer, right, monkeypatch):
     """Fails if the first answer counts instead of the last, or a number is compared as a string (22)."""
-    monkeypatch.setattr(critic_prompts, "math_verify", lambda: None)
+    monkeypatch.setattr(sd, "math_verify", lambda: None)
     assert sd.is_correct(text, answer) == right
 
 
@@ -847,7 +847,7 @@ def test_hostile_answers_are_cheap(answer, monkeypatch):
     """Fails if anything is evaluated, here or by math-verify, or a pattern backtracks. 0.1 s is 100 times what they take."""
     heard = []
     package = types.SimpleNamespace(parse=heard.append, verify=lambda *_: False)
-    monkeypatch.setattr(critic_prompts, "math_verify", lambda: package)
+    monkeypatch.setattr(sd, "math_verify", lambda: package)
     for text in (answer, f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}", f"#### {answer}"):
         start = time.process_time()
         assert not sd.is_correct(text, "42") and not sd.is_correct("<answer>42</answer>", answer)
@@ -1131,7 +1131,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, folder, capfd):
 ])  # fmt: skip
 def test_a_wrong_value_is_one_line_and_exit_2(flags, words, capfd, tmp_path, monkeypatch):
     """Fails if a mistake ends in a traceback, a usage text, or a run with another value than asked for."""
-    monkeypatch.setattr(critic_prompts, "hub_answers", lambda: False)
+    monkeypatch.setattr(sd, "hub_answers", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert sd.main(["--condition", "critique", *flags]) == 2
     error = capfd.readouterr().err
