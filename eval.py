@@ -1,4 +1,4 @@
-"""Evaluate runs of sd.py on problems they never saw, and show why they differ. Also their folders, checkpoints and log.
+"""Evaluate runs of sd.py on problems they never saw, and show why they differ.
 
   python eval.py runs/critique runs/reference runs/grpo     base and runs side by side: same problems, same seeds
   python eval.py --tokens runs/critique                     what each context does to every token of the same attempt
@@ -12,269 +12,50 @@ right. Intervals are 95 %: bootstrap over problems, or Student's t over seeds wh
 
 import argparse
 import contextlib
-import functools
 import html
 import io
-import itertools
 import json
 import math
 import os
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import critic_prompts as texts
 import sd
 
-# ---- 1. Run folders: what sd.py writes into OUT, and how a run goes on from it. ----------------------------
-
-def leader(function: Callable) -> Callable:
-    """Decorator: rank 0 alone runs it; the others get None."""
-    return functools.wraps(function)(lambda *args: None if sd.rank() else function(*args))
-
-
-def load_checkpoint(path: Path) -> dict:
-    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it can run code,
-    and its config is checked as a command line is."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise sd.Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        numbers = {name: kind(state[name]) for name, kind in Run.STATE.items()}
-        weights = {name: torch.as_tensor(w) for name, w in state["adapters"].items()}
-        state = {"config": sd.Config(**state["config"]), **numbers, "adapters": weights, "optimizer": state["optimizer"]}
-    except Exception as error:
-        reason = f"cut off, or of another version: {type(error).__name__}"
-        raise sd.Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
-    sd.check(state["config"])
-    return state
-
-
-def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    own = sd.adapters(model)
-    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in weights.items()}:
-        raise sd.Refusal("the checkpoint's adapters do not fit the model; was --model's folder changed?")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(weights[name])
-
-
-class Run:
-    """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/, .lock."""
-
-    # steps taken, position in the data, best validation score, evaluations since then
-    STATE = {"step": int, "seen": int, "best": float, "stale": int}
-
-    def __init__(self, cfg: sd.Config, chat: sd.Chat):
-        self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
-        self.optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
-        self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
-        if not cfg.resume:
-            make_folder(self.folder)
-        self.lock = claim(self.folder)
-        if cfg.resume:
-            self.restore()
-            return
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        self.log({"config": asdict(cfg), "versions": versions, "grader": sd.grader()})
-        self.save()
-
-    @leader
-    def log(self, entry: dict) -> None:
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    @leader
-    def save(self, name: str = "checkpoint.pt") -> None:
-        """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
-        state = {"config": asdict(self.cfg)} | {name: getattr(self, name) for name in self.STATE}
-        state["adapters"] = {name: p.detach().cpu() for name, p in sd.adapters(self.chat.model).items()}
-        torch.save(state | {"optimizer": self.optimizer.state_dict()}, file := io.BytesIO())
-        write_atomic(self.folder / name, file.getvalue())
-
-    def restore(self) -> None:
-        state = load_checkpoint(self.folder / "checkpoint.pt")
-        try:
-            load_adapters(self.chat.model, state["adapters"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            # steps past the checkpoint will be written again; a kill may have cut a line
-            lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
-            kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= state["step"]]
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise sd.Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
-        self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
-        write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
-
-    @leader
-    def export(self) -> None:
-        """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights, and to
-        bfloat16 weights the sum is rounded, so that OUT/model is close to the trained policy and not equal to it."""
-        for layer in self.chat.model.modules():
-            if isinstance(layer, sd.LoRALinear):
-                layer.merge()
-        trained = sd.adapters(self.chat.model)
-        own = {name: w for name, w in self.chat.model.state_dict().items() if name not in trained}
-        self.chat.model.save_pretrained(self.folder / "model", state_dict=own)
-        self.chat.tokenizer.save_pretrained(self.folder / "model")
-
-
-@leader
-def make_folder(folder: Path) -> None:
-    """A new run folder; an old run is moved aside, never overwritten."""
-    if (folder / "log.jsonl").exists():
-        old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
-        with claim(folder):  # until it is moved
-            folder.rename(old)
-        print(f"{folder} was there; moved to {old}")
-    elif folder.exists() and not (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
-        raise sd.Refusal(f"--out {folder} is there and is no run folder; name another")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-@leader
-def claim(folder: Path):
-    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows
-    and some network file systems have no such locks.)"""
-    try:
-        import fcntl
-    except ImportError:
-        return contextlib.nullcontext()  # there, an open file would keep the folder from being moved
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise sd.Refusal(f"another run is at work in {folder}; name another --out") from None
-    except OSError:  # no locks on this file system
-        pass
-    return file
-
-
-@leader
-def write_atomic(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
-# what may change when a run goes on: nothing that shapes its numbers, but for the critic and the room for what it writes, which may need mending
-RESUMABLE = set("resume out preset steps save_every show_every final_problems export device patience critic critic_model "
-                "critic_parallel critic_timeout critic_max_new_tokens max_prompt_tokens sample_batch micro_batch kl_chunk "
-                "gradient_checkpointing".split())  # fmt: skip
-
-
-def resumed_config(given: dict) -> tuple[sd.Config, str]:
-    """The saved config with the given flags on top."""
-    out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
-    saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
-    for name in given.keys() - RESUMABLE:
-        if getattr(saved, name) != given[name]:
-            raise sd.Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
-                          "or --resume")  # fmt: skip
-    if sd.is_url(saved.critic) and "critic" not in given:
-        raise sd.Refusal("argument --critic: name the http critic again; the API key goes to no address out of a file")
-    return sd.check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
-
-
-# ---- 2. Sample, score, compare. ----------------------------------------------------------------------------
-
-METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}  # name: factor for display
-SEED = 1_000_003  # of every evaluation, so that base and runs draw from the same uniforms; not a training seed
-
-
-def evaluate(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config, numbers=None) -> list[list[dict]]:
-    """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}.
-    A problem's draws follow from SEED and its number, by default its place in the list."""
-    numbered = list(zip(range(len(problems)) if numbers is None else numbers, problems))
-    rollouts = sd.attempt(chat, sd.share(numbered), cfg, cfg.eval_samples, SEED)
-    records = [
-        {
-            "text": r.text, "answer": texts.extract_answer(r.text), "correct": bool(r.reward),
-            "length": len(r.sample.ids), "truncated": r.sample.truncated,
-        }
-        for r in rollouts
-    ]  # fmt: skip
-    return sd.gathered([records[i : i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)])
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased share of k-subsets of n attempts that hold a correct one (Chen et al. 2021): 1 − C(n−c, k) / C(n, k)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def maj_at_k(attempts: list[dict]) -> float:
-    """1 if the most frequent answer is right; a tie counts by the share of tied answers that are right. No answer, no vote."""
-    votes: dict[object, list[bool]] = defaultdict(list)
-    for a in attempts:
-        if a["answer"] is not None:
-            number = sd.as_number(a["answer"])
-            votes[texts.normalise(a["answer"]) if number is None else number].append(a["correct"])
-    most = max(map(len, votes.values()), default=0)
-    return float(np.mean([own[0] for own in votes.values() if len(own) == most])) if votes else 0.0
-
-
-def scores(attempts: list[list[dict]]) -> dict[str, np.ndarray]:
-    """Each metric as one value a problem, (problems,); its mean is the metric, its spread the interval."""
-    share = lambda of: np.array([np.mean([of(a) for a in own]) for own in attempts])
-    return {
-        "Avg": share(lambda a: a["correct"]),
-        "Pass": np.array([pass_at_k(len(own), sum(a["correct"] for a in own), len(own)) for own in attempts]),
-        "Maj": np.array([maj_at_k(own) for own in attempts]),
-        "length": share(lambda a: a["length"]),
-        "truncated": share(lambda a: a["truncated"]),
-        "unparsable": share(lambda a: a["answer"] is None),
-    }
-
-
-def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean, over the first axis; seeded, so that a table repeats to the digit."""
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def cell(values: np.ndarray, scale: float) -> str:
-    low, high = interval(values)
-    return f"{scale * values.mean():.1f} [{scale * low:.1f}, {scale * high:.1f}]"
-
+# ---- 1. Sample, score, compare. ----------------------------------------------------------------------------
 
 def table(results: dict[str, dict[str, np.ndarray]], samples: int) -> str:
     """Markdown: a row for the base and each run, then the paired differences."""
-    unit = lambda name: f"@{samples}" if name in ("Avg", "Pass", "Maj") else ", %" if METRICS[name] > 1 else ""
-    names = [name + unit(name) for name in METRICS]
+    unit = lambda name: f"@{samples}" if name in ("Avg", "Pass", "Maj") else ", %" if sd.METRICS[name] > 1 else ""
+    names = [name + unit(name) for name in sd.METRICS]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for run, values in results.items():
-        lines.append(f"| {run} | " + " | ".join(cell(values[m], scale) for m, scale in METRICS.items()) + " |")
+        lines.append(f"| {run} | " + " | ".join(sd.cell(values[m], scale) for m, scale in sd.METRICS.items()) + " |")
     runs = list(results)
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
-            paired = (cell(results[b][m] - results[a][m], scale) for m, scale in METRICS.items())
+            paired = (sd.cell(results[b][m] - results[a][m], scale) for m, scale in sd.METRICS.items())
             lines.append(f"| {b} − {a} | " + " | ".join(paired) + " |")
     return "\n".join(lines)
 
 
 def load_run(folder: Path | str, checkpoint: str) -> tuple[sd.Config, dict]:
     """(config, adapters) of a run folder."""
-    state = load_checkpoint(Path(folder) / checkpoint)
+    state = sd.load_checkpoint(Path(folder) / checkpoint)
     return state["config"], state["adapters"]
 
 
 def load_trained(cfg: sd.Config, weights: dict) -> sd.Chat:
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     sd.add_adapters(chat.model, cfg)
-    load_adapters(chat.model, weights)
+    sd.load_adapters(chat.model, weights)
     return chat
 
 
@@ -293,26 +74,26 @@ def evaluate_runs(folders: list[str], checkpoint: str, count: int | None, sample
     out.mkdir(parents=True, exist_ok=True)
     chat = sd.load_model(base.model, base.dtype, base.device)
     problems = sd.load_problems(base, chat).test[:count]
-    attempts = {"base": evaluate(chat, problems, base)}
+    attempts = {"base": sd.evaluate(chat, problems, base)}
     del chat
     for folder, (cfg, weights) in runs.items():
-        attempts[folder] = evaluate(load_trained(cfg, weights), problems, base)
+        attempts[folder] = sd.evaluate(load_trained(cfg, weights), problems, base)
     with open(out / "eval.jsonl", "w", encoding="utf-8") as file:
         for name, rows in attempts.items():
             for problem, own in zip(problems, rows):
                 for a in own:
                     line = {"run": name, "problem": problem.question, "wanted": problem.answer, **a}
                     file.write(json.dumps(line) + "\n")
-    text = (f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {SEED}; "
+    text = (f"{len(problems)} held-out problems × {base.eval_samples} attempts, {checkpoint}, seed {sd.SEED}; "
             "95 % bootstrap intervals over problems\n\n")  # fmt: skip
     short = {name: Path(name).name for name in attempts}
     short = short if len(set(short.values())) == len(short) else {name: name for name in attempts}
-    text += table({short[name]: scores(rows) for name, rows in attempts.items()}, base.eval_samples) + "\n"
+    text += table({short[name]: sd.scores(rows) for name, rows in attempts.items()}, base.eval_samples) + "\n"
     (out / "eval.md").write_text(text, "utf-8")
     return text
 
 
-# ---- 3. Per-token advantage: the paper's argument as a picture and as numbers. -----------------------------
+# ---- 2. Per-token advantage: the paper's argument as a picture and as numbers. -----------------------------
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> dict:
     """Σ top / Σ bottom with its 95 % bootstrap interval; one entry a problem, so that its attempts stay together."""
@@ -412,7 +193,7 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     critic, fmt, samples = sd.load_critic(cfg, chat), texts.FORMATS[cfg.prompts], samples or 4
     problems = sd.load_problems(cfg, chat).test[: count or 50]
-    rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, SEED)
+    rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, sd.SEED)
     contexts = {
         f"critique ({style})": sd.query_critic(rollouts, critic, replace(cfg, critic_style=style))[0]
         for style in texts.STYLES
@@ -440,7 +221,7 @@ def study_tokens(folder: str, count: int | None, samples: int | None, url: str |
                 for i in picks if i is not None]  # fmt: skip
     right, wrong = sum(rollouts[i].reward for i in whole), sum(place is not None for place in places)
     text = (
-        f"{len(rollouts)} attempts of the base at {len(problems)} held-out problems, seed {SEED}: {right:.0f} right, {wrong} wrong with a "
+        f"{len(rollouts)} attempts of the base at {len(problems)} held-out problems, seed {sd.SEED}: {right:.0f} right, {wrong} wrong with a "
         f"critique that reaches the right answer; {len(rollouts) - len(whole)} left out, for a critic failed on them. 95 % bootstrap "
         f"intervals over problems; A in nats\n\n" + numbers_table(numbers)
     )
@@ -538,7 +319,7 @@ likeliest tokens; over a name for its context.</p>
 """
 
 
-# ---- 4. The results table: every arm gets its own learning rate from the same small sweep, then the same seeds. ----
+# ---- 3. The results table: every arm gets its own learning rate from the same small sweep, then the same seeds. ----
 
 ARMS = {
     "grpo": ["--condition", "grpo"],
@@ -577,8 +358,8 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
         raise sd.Refusal("the arms of --reproduce are compared at equal steps: drop --patience, and give --eval-every "
                             "at most --steps")  # fmt: skip
     if (folder / "checkpoint.pt").exists():
-        state = load_checkpoint(folder / "checkpoint.pt")
-        for name in vars(cfg).keys() - RESUMABLE | {"critic", "critic_model", "critic_max_new_tokens"}:
+        state = sd.load_checkpoint(folder / "checkpoint.pt")
+        for name in vars(cfg).keys() - sd.RESUMABLE | {"critic", "critic_model", "critic_max_new_tokens"}:
             if getattr(state["config"], name) != getattr(cfg, name):
                 raise sd.Refusal(f"{folder} was trained with another {name}; name another --out, or delete it")
         if state["step"] > cfg.steps:
@@ -618,8 +399,8 @@ def test_scores(folder: Path, checkpoint: str) -> dict[str, float]:
     if not kept.exists():
         cfg, weights = load_run(folder, checkpoint)
         chat = load_trained(cfg, weights)
-        result = scores(evaluate(chat, sd.load_problems(cfg, chat).test, cfg))
-        write_atomic(kept, json.dumps({name: float(values.mean()) for name, values in result.items()}).encode())
+        result = sd.scores(sd.evaluate(chat, sd.load_problems(cfg, chat).test, cfg))
+        sd.write_atomic(kept, json.dumps({name: float(values.mean()) for name, values in result.items()}).encode())
     return json.loads(kept.read_text())
 
 
@@ -642,7 +423,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     cfg, _ = load_run(runs["critique"][0], "checkpoint.pt")
     chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
     problems = sd.load_problems(cfg, chat).test
-    base = {name: float(values.mean()) for name, values in scores(evaluate(chat, problems, cfg)).items()}
+    base = {name: float(values.mean()) for name, values in sd.scores(sd.evaluate(chat, problems, cfg)).items()}
     rates = {arm: f"{lr:g}" + "*" * edge[arm] for arm, lr in rates.items()}
     text = results_text(cfg, base, runs, rates, len(problems), seeds)
     (root / "table.md").write_text(text, "utf-8")
@@ -658,11 +439,11 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
              f"95 % t interval over seeds; * a rate at the edge of the sweep", ""]  # fmt: skip
     for checkpoint, title in (("checkpoint.pt", "final"), ("best.pt", "best on validation")):
         lines += [f"| {title} | lr | Avg@{k} | Pass@{k} | Maj@{k} | length |", "|---" * 6 + "|"]
-        cells = [f"{METRICS[n] * base[n]:.1f}" for n in names]
+        cells = [f"{sd.METRICS[n] * base[n]:.1f}" for n in names]
         lines.append(f"| base | - | {' | '.join(cells)} |")
         for arm, folders in runs.items():
             results = [test_scores(folder, checkpoint) for folder in folders]
-            cells = [over_seeds([r[n] for r in results], METRICS[n]) for n in names]
+            cells = [over_seeds([r[n] for r in results], sd.METRICS[n]) for n in names]
             lines.append(f"| {arm} | {rates[arm]} | {' | '.join(cells)} |")
         lines.append("")
     lines += [f"| paired by seed, final | Avg@{k} |", "|---|---|"]
@@ -686,7 +467,7 @@ def results_text(cfg: sd.Config, base: dict, runs: dict, rates: dict, problems: 
     return "\n".join(lines) + "\n"
 
 
-# ---- 5. Figures. -------------------------------------------------------------------------------------------
+# ---- 4. Figures. -------------------------------------------------------------------------------------------
 
 COLOURS = {"critique": "#b2182b", "reference": "#2166ac", "grpo": "#4d4d4d"}
 
@@ -745,7 +526,7 @@ def plot(root: Path, tokens: Path, out: Path) -> str:
     return f"wrote {out / 'curves.svg'} and {out / 'advantage.svg'}"
 
 
-# ---- 6. Difficulty filter, after the paper's: keep what the base solves sometimes, but seldom. -------------
+# ---- 5. Difficulty filter, after the paper's: keep what the base solves sometimes, but seldom. -------------
 
 def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores go to OUT.scores.jsonl as they come, so that the same command goes on."""
@@ -763,138 +544,18 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
         file.write("\n")
         for start in tqdm(range(0, len(todo), at_once), desc="problems", unit_scale=at_once, disable=None):
             numbers, keys, problems = zip(*todo[start : start + at_once])
-            for key, own in zip(keys, evaluate(chat, problems, cfg, numbers)):
+            for key, own in zip(keys, sd.evaluate(chat, problems, cfg, numbers)):
                 known[key] = float(np.mean([a["correct"] for a in own]))
                 file.write(json.dumps({"problem": key, "avg": known[key], "how": how}) + "\n")
             file.flush()
     dropped["never solved"] = sum(known[key] == 0 for key in rows)
     dropped[f"solved {below:g} or more of the time"] = sum(known[key] >= below for key in rows)
     chosen = [row for key, (_, row) in rows.items() if 0 < known[key] < below]
-    write_atomic(out, "".join(json.dumps(row) + "\n" for row in chosen).encode())
+    sd.write_atomic(out, "".join(json.dumps(row) + "\n" for row in chosen).encode())
     return f"kept {len(chosen)} of {len(chosen) + sum(dropped.values())} rows in {out}; dropped: {sd.spell(dropped)}"
 
 
-# ---- 7. What sd.py prints: at its start, after each step, at its end. --------------------------------------
-
-def opening(chat: sd.Chat, problems: sd.Split) -> str:
-    trained = sum(p.numel() for p in sd.adapters(chat.model).values())
-    parts = zip(("train", "validation", "test"), map(len, problems))
-    return (f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
-            f"{chat.model.device} | {', '.join(f'{n} {name}' for name, n in parts)} problems "
-            f"(dropped: {sd.spell(problems.dropped)})")  # fmt: skip
-
-
-def measure(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], cfg: sd.Config) -> dict:
-    """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
-    find, asks_critic = texts.FORMATS[cfg.prompts].steps, cfg.asks_critic
-    scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
-    copied = [step in own for r in scored if asks_critic for own in [find(r.text)] for step in find(r.context)]
-    groups = np.array([r.reward for r in rollouts]).reshape(-1, cfg.attempts_per_problem)
-    sums = {
-        "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
-        "tokens": sum(len(r.sample.ids) for r in rollouts), "entropy": sum(r.sample.entropy for r in rollouts),
-        "scored": len(scored), "scored_tokens": sum(len(r.scored) for r in scored), "critic_tokens": m["critic_tokens"],
-        "steps": len(copied), "copied": sum(copied), "groups": len(groups), "flat": float((groups.std(1) == 0).sum()),
-    }  # fmt: skip
-    t = dict(zip(sums, sd.summed(*sums.values())))  # totals of all processes
-    n = t["rollouts"]
-    return {
-        **m, "cost": {**m["cost"], "peak_mib": round(peak_memory(chat.model.device), 1)},
-        "accuracy": t["right"] / n, "length": t["tokens"] / n, "truncated": t["cut"] / n, "entropy": t["entropy"] / n,
-        "scored": t["scored"], "scored_tokens": t["scored_tokens"], "critic_failed": n - t["scored"] if asks_critic else 0,
-        "copied": t["copied"] / max(1, t["steps"]),  # share of the critiques' steps that stand word for word in the attempt
-        "zero_variance": t["flat"] / t["groups"] if cfg.attempts_per_problem > 1 else 0.0,
-        "solver_tokens": t["tokens"], "critic_tokens": t["critic_tokens"],
-    }  # fmt: skip
-
-
-@contextlib.contextmanager
-def clock(cost: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds spent inside, into cost[name]."""
-    start = time.perf_counter()
-    yield
-    cost[name] = round(time.perf_counter() - start, 3)
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: the CUDA allocator's peak, or the process's on CPU; 0 where the system does not tell (Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-@leader
-def step(chat: sd.Chat, m: dict, rollouts: list[sd.Rollout], critic: sd.Critic, cfg: sd.Config) -> None:
-    """One line a step, a warning where one is due, and now and then an example."""
-    seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
-    print(
-        f"step {m['step']:4d}/{cfg.steps} loss {m['loss']:8.4f} kl {m['kl']:7.4f} grad {m['grad_norm']:6.3f} "
-        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} "
-        f"failed {m['critic_failed']:2d} copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
-        f"{seconds} s {m['cost']['peak_mib']:.0f} MiB",
-        flush=True,
-    )
-    if m["truncated"] > 0.5:
-        print(f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and "
-              "mostly read as wrong")  # fmt: skip
-    if 2 * m["critic_failed"] > cfg.attempts_per_step:
-        error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
-        print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out "
-              f"({sd.printable(error)})")  # fmt: skip
-    if rollouts and cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
-        show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
-
-
-def show(chat: sd.Chat, rollout: sd.Rollout, cfg: sd.Config) -> None:
-    """One problem, attempt and context, and the five tokens whose probability the teacher would move most."""
-    lines = [
-        f"problem    {rollout.problem.question}   [answer {rollout.problem.answer}]",
-        f"attempt    {rollout.text}   [{'right' if rollout.reward else 'wrong'}]",
-    ]
-    if not cfg.teacher:
-        lines.append(f"advantage  {rollout.advantage:+.2f} for each of its {len(rollout.sample.ids)} tokens   [eq (3)]")
-    else:
-        lines.append(f"{cfg.condition:10s} {rollout.context or 'none: the critic failed'}")
-    if rollout.teacher_prompt:
-        a = sd.token_advantages(chat, [rollout], cfg)[0]
-        top = sorted(a.abs().topk(min(5, len(a))).indices.tolist())
-        tokens = (f"{chat.tokenizer.decode([rollout.sample.ids[t]])!r} at {t} {a[t]:+.2f}" for t in top)
-        lines.append(f"moved      {', '.join(tokens)}   [A_t of eq (2), nats]")
-    for line in lines:
-        print("  " + sd.printable(line))
-
-
-def validate(run: Run, problems: list[sd.Problem]) -> None:
-    """Score the validation problems, and keep the adapters in best.pt if they never did better."""
-    score = float(scores(evaluate(run.chat, problems, run.cfg))["Avg"].mean())
-    run.log({"step": run.step, "validation_avg": score})
-    print(f"validation Avg@{run.cfg.eval_samples} {100 * score:.1f}")
-    run.best, run.stale = (score, 0) if score > run.best else (run.best, run.stale + 1)
-    if run.stale == 0:
-        run.save("best.pt")
-
-
-def closing(chat: sd.Chat, problems: list[sd.Problem], cfg: sd.Config) -> str:
-    """What sd.py prints at its end: base (adapter off) → trained, on held-out problems, same seeds."""
-    with sd.adapters_off(chat.model):
-        before = scores(evaluate(chat, problems, cfg))
-    after = scores(evaluate(chat, problems, cfg))
-    k = cfg.eval_samples
-    lines = [f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"]
-    for name, scale in METRICS.items():
-        label = f"{name}@{k}" if name in ("Avg", "Pass", "Maj") else name
-        lines.append(
-            f"{label} {scale * before[name].mean():.1f} → {scale * after[name].mean():.1f}   "
-            f"{cell(before[name], scale)} → {cell(after[name], scale)}, paired {cell(after[name] - before[name], scale)}"
-        )
-    return "\n".join(lines)
-
-
-# ---- 8. Main. ----------------------------------------------------------------------------------------------
+# ---- 6. Main. ----------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(

@@ -19,7 +19,7 @@ The equations, with p = student and q = teacher over the vocabulary at one token
   (5)  D = KL(q‖p) = Σ_v q (log q − log p)       ∂D/∂z = p − q                             "teacher||student"
 
 Shapes: B rollouts, T response tokens of one, N scored tokens of a micro-batch, D hidden width, V vocabulary.
-Prompts are in critic_prompts.py; what goes out (log, run folder, evaluation) in eval.py.
+Prompts are in critic_prompts.py; runs are compared in eval.py.
 
   python sd.py --condition critique                              no GPU, no hub: a toy world, in a minute or two
   python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
@@ -31,6 +31,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -42,9 +43,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -709,17 +711,17 @@ def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[T
     return list((-estimate).split([len(r.sample.ids) for r in rollouts]))
 
 
-# ---- 10. Main. ---------------------------------------------------------------------------------------------
+# ---- 9. Train. ---------------------------------------------------------------------------------------------
 
-def take_step(run: "report.Run", problems: list[Problem], critic: Critic) -> tuple[dict, list[Rollout]]:
+def take_step(run: "Run", problems: list[Problem], critic: Critic) -> tuple[dict, list[Rollout]]:
     """The algorithm, once: problems → rollouts → contexts → pack → update."""
     cfg, chat, cost = run.cfg, run.chat, {}
     chosen = next_problems(problems, run.seen, cfg)
-    with report.clock(cost, "sample_s"):
+    with clock(cost, "sample_s"):
         rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
-    with report.clock(cost, "critic_s"):
+    with clock(cost, "critic_s"):
         critic_tokens = write_contexts(rollouts, critic, cfg)
-    with report.clock(cost, "train_s"):
+    with clock(cost, "train_s"):
         scored = pack(chat, rollouts, cfg)
         update = train_step(chat, run.optimizer, scored, cfg)
     run.step, run.seen = run.step + 1, run.seen + len(chosen)
@@ -752,20 +754,20 @@ def train(cfg: Config) -> None:
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:  # the reentrant kind loses the adapters' gradients, silently
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
-    run, failed_steps, stop = report.Run(cfg, chat), 0, 0
-    print(report.opening(chat, problems))
+    run, failed_steps, stop = Run(cfg, chat), 0, 0
+    print(opening(chat, problems))
     with deferred_interrupt() as interrupted:
         while run.step < cfg.steps and failed_steps < 3 and not stop and not 0 < cfg.patience <= run.stale:
             try:
                 update, rollouts = take_step(run, problems.train, critic)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {run.step + 1}, {error}") from None
-            metrics = report.measure(chat, update, rollouts, cfg)
+            metrics = measure(chat, update, rollouts, cfg)
             run.log(metrics)
-            report.step(chat, metrics, rollouts, critic, cfg)
+            step(chat, metrics, rollouts, critic, cfg)
             failed_steps = 0 if metrics["scored"] else failed_steps + 1
             if cfg.eval_every and run.step % cfg.eval_every == 0:
-                report.validate(run, problems.validation)
+                validate(run, problems.validation)
             if cfg.save_every and run.step % cfg.save_every == 0:
                 run.save()
             stop = summed(len(interrupted))  # all processes stop, or none
@@ -777,12 +779,12 @@ def train(cfg: Config) -> None:
         what, mend = ("critique failed, or", "Mend --critic") if cfg.asks_critic else ("solution", "Raise --max-prompt-tokens")
         raise Refusal(f"every {what} fits no prompt, for 3 steps; saved in {cfg.out}. {mend}, then add --resume")
     if cfg.final_problems:
-        print(report.closing(chat, problems.test[: cfg.final_problems], cfg))
+        print(closing(chat, problems.test[: cfg.final_problems], cfg))
     if cfg.export:
         run.export()
 
 
-# ---- What follows is plumbing: files, models, the critic's wire, run folders, the command line. ------------
+# ---- What follows is plumbing: files, models, the critic's wire, run folders, printing, the command line. --
 
 class Refusal(Exception):
     """Something the user can mend. `main` prints it as one line and exits with 2."""
@@ -1073,8 +1075,339 @@ class HTTPCritic:
         return Reply(None if choice.get("finish_reason") == "length" else text, int(usage.get("completion_tokens") or 0))
 
 
-# ---- 9. Log. What a run writes and prints is in eval.py, which builds on all of the above: so it is imported here. ----
-import eval as report  # noqa: E402
+# ---- Run folders, and how a run goes on from one. ----------------------------------------------------------
+
+def leader(function: Callable) -> Callable:
+    """Decorator: rank 0 alone runs it; the others get None."""
+    return functools.wraps(function)(lambda *args: None if rank() else function(*args))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """{config, step, seen, best, stale, adapters, optimizer}. The file may be anybody's: nothing in it can run code,
+    and its config is checked as a command line is."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no checkpoint there; name a run folder that holds one") from None
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        numbers = {name: kind(state[name]) for name, kind in Run.STATE.items()}
+        weights = {name: torch.as_tensor(w) for name, w in state["adapters"].items()}
+        state = {"config": Config(**state["config"]), **numbers, "adapters": weights, "optimizer": state["optimizer"]}
+    except Exception as error:
+        reason = f"cut off, or of another version: {type(error).__name__}"
+        raise Refusal(f"{path}: not a checkpoint of sd.py ({reason}); train the run anew") from None
+    check(state["config"])
+    return state
+
+
+def load_adapters(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    own = adapters(model)
+    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in weights.items()}:
+        raise Refusal("the checkpoint's adapters do not fit the model; was --model's folder changed?")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(weights[name])
+
+
+class Run:
+    """A run folder and the state that a resumed run needs: log.jsonl, checkpoint.pt (the last), best.pt, model/, .lock."""
+
+    # steps taken, position in the data, best validation score, evaluations since then
+    STATE = {"step": int, "seen": int, "best": float, "stale": int}
+
+    def __init__(self, cfg: Config, chat: Chat):
+        self.cfg, self.chat, self.folder = cfg, chat, Path(cfg.out)
+        self.optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
+        self.step, self.seen, self.best, self.stale = 0, 0, -1.0, 0
+        if not cfg.resume:
+            make_folder(self.folder)
+        self.lock = claim(self.folder)
+        if cfg.resume:
+            self.restore()
+            return
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+        self.log({"config": asdict(cfg), "versions": versions, "grader": grader()})
+        self.save()
+
+    @leader
+    def log(self, entry: dict) -> None:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    @leader
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
+        state = {"config": asdict(self.cfg)} | {name: getattr(self, name) for name in self.STATE}
+        state["adapters"] = {name: p.detach().cpu() for name, p in adapters(self.chat.model).items()}
+        torch.save(state | {"optimizer": self.optimizer.state_dict()}, file := io.BytesIO())
+        write_atomic(self.folder / name, file.getvalue())
+
+    def restore(self) -> None:
+        state = load_checkpoint(self.folder / "checkpoint.pt")
+        try:
+            load_adapters(self.chat.model, state["adapters"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            # steps past the checkpoint will be written again; a kill may have cut a line
+            lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines(keepends=True)
+            kept = [s for s in lines if s.endswith("\n") and json.loads(s).get("step", 0) <= state["step"]]
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise Refusal(f"{self.folder}: checkpoint or log do not fit ({type(error).__name__}); train anew") from None
+        self.step, self.seen, self.best, self.stale = (state[name] for name in self.STATE)
+        write_atomic(self.folder / "log.jsonl", "".join(kept).encode())
+
+    @leader
+    def export(self) -> None:
+        """OUT/model: a plain folder for from_pretrained. Call it last: it merges the adapters into the weights, and to
+        bfloat16 weights the sum is rounded, so that OUT/model is close to the trained policy and not equal to it."""
+        for layer in self.chat.model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.merge()
+        trained = adapters(self.chat.model)
+        own = {name: w for name, w in self.chat.model.state_dict().items() if name not in trained}
+        self.chat.model.save_pretrained(self.folder / "model", state_dict=own)
+        self.chat.tokenizer.save_pretrained(self.folder / "model")
+
+
+@leader
+def make_folder(folder: Path) -> None:
+    """A new run folder; an old run is moved aside, never overwritten."""
+    if (folder / "log.jsonl").exists():
+        old = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.{n}")).exists())
+        with claim(folder):  # until it is moved
+            folder.rename(old)
+        print(f"{folder} was there; moved to {old}")
+    elif folder.exists() and not (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
+        raise Refusal(f"--out {folder} is there and is no run folder; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@leader
+def claim(folder: Path):
+    """An open file; while it lives, no other run can claim the folder, wherever it is moved. (Windows
+    and some network file systems have no such locks.)"""
+    try:
+        import fcntl
+    except ImportError:
+        return contextlib.nullcontext()  # there, an open file would keep the folder from being moved
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refusal(f"another run is at work in {folder}; name another --out") from None
+    except OSError:  # no locks on this file system
+        pass
+    return file
+
+
+@leader
+def write_atomic(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+# what may change when a run goes on: nothing that shapes its numbers, but for the critic and the room for what it writes, which may need mending
+RESUMABLE = set("resume out preset steps save_every show_every final_problems export device patience critic critic_model "
+                "critic_parallel critic_timeout critic_max_new_tokens max_prompt_tokens sample_batch micro_batch kl_chunk "
+                "gradient_checkpointing".split())  # fmt: skip
+
+
+def resumed_config(given: dict) -> tuple[Config, str]:
+    """The saved config with the given flags on top."""
+    out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
+    saved = load_checkpoint(Path(out) / "checkpoint.pt")["config"]
+    for name in given.keys() - RESUMABLE:
+        if getattr(saved, name) != given[name]:
+            raise Refusal(f"{out} was trained with {name} {getattr(saved, name)!r}, not {given[name]!r}; drop the flag, "
+                          "or --resume")  # fmt: skip
+    if is_url(saved.critic) and "critic" not in given:
+        raise Refusal("argument --critic: name the http critic again; the API key goes to no address out of a file")
+    return check(replace(saved, **{**given, "preset": saved.preset, "out": out})), f"of the run in {out}, resumed"
+
+
+# ---- Evaluation: sample, score, compare. -------------------------------------------------------------------
+
+METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}  # name: factor for display
+SEED = 1_000_003  # of every evaluation, so that base and runs draw from the same uniforms; not a training seed
+
+
+def evaluate(chat: Chat, problems: list[Problem], cfg: Config, numbers=None) -> list[list[dict]]:
+    """cfg.eval_samples attempts at each problem: a list for each problem of {text, answer, correct, length, truncated}.
+    A problem's draws follow from SEED and its number, by default its place in the list."""
+    numbered = list(zip(range(len(problems)) if numbers is None else numbers, problems))
+    rollouts = attempt(chat, share(numbered), cfg, cfg.eval_samples, SEED)
+    records = [
+        {
+            "text": r.text, "answer": extract_answer(r.text), "correct": bool(r.reward),
+            "length": len(r.sample.ids), "truncated": r.sample.truncated,
+        }
+        for r in rollouts
+    ]  # fmt: skip
+    return gathered([records[i : i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)])
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased share of k-subsets of n attempts that hold a correct one (Chen et al. 2021): 1 − C(n−c, k) / C(n, k)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def maj_at_k(attempts: list[dict]) -> float:
+    """1 if the most frequent answer is right; a tie counts by the share of tied answers that are right. No answer, no vote."""
+    votes: dict[object, list[bool]] = defaultdict(list)
+    for a in attempts:
+        if a["answer"] is not None:
+            number = as_number(a["answer"])
+            votes[normalise(a["answer"]) if number is None else number].append(a["correct"])
+    most = max(map(len, votes.values()), default=0)
+    return float(np.mean([own[0] for own in votes.values() if len(own) == most])) if votes else 0.0
+
+
+def scores(attempts: list[list[dict]]) -> dict[str, np.ndarray]:
+    """Each metric as one value a problem, (problems,); its mean is the metric, its spread the interval."""
+    share = lambda of: np.array([np.mean([of(a) for a in own]) for own in attempts])
+    return {
+        "Avg": share(lambda a: a["correct"]),
+        "Pass": np.array([pass_at_k(len(own), sum(a["correct"] for a in own), len(own)) for own in attempts]),
+        "Maj": np.array([maj_at_k(own) for own in attempts]),
+        "length": share(lambda a: a["length"]),
+        "truncated": share(lambda a: a["truncated"]),
+        "unparsable": share(lambda a: a["answer"] is None),
+    }
+
+
+def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean, over the first axis; seeded, so that a table repeats to the digit."""
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def cell(values: np.ndarray, scale: float) -> str:
+    low, high = interval(values)
+    return f"{scale * values.mean():.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+
+
+# ---- What a run prints: at its start, after each step, at its end. -----------------------------------------
+
+def opening(chat: Chat, problems: Split) -> str:
+    trained = sum(p.numel() for p in adapters(chat.model).values())
+    parts = zip(("train", "validation", "test"), map(len, problems))
+    return (f"{sum(p.numel() for p in chat.model.parameters()) - trained:,} frozen and {trained:,} trained parameters on "
+            f"{chat.model.device} | {', '.join(f'{n} {name}' for name, n in parts)} problems "
+            f"(dropped: {spell(problems.dropped)})")  # fmt: skip
+
+
+def measure(chat: Chat, m: dict, rollouts: list[Rollout], cfg: Config) -> dict:
+    """The log entry of a step: m, and what its rollouts show. The README's glossary says what alarm looks like."""
+    find, asks_critic = FORMATS[cfg.prompts].steps, cfg.asks_critic
+    scored = [r for r in rollouts if r.teacher_prompt or not cfg.teacher]
+    copied = [step in own for r in scored if asks_critic for own in [find(r.text)] for step in find(r.context)]
+    groups = np.array([r.reward for r in rollouts]).reshape(-1, cfg.attempts_per_problem)
+    sums = {
+        "rollouts": len(rollouts), "right": sum(r.reward for r in rollouts), "cut": sum(r.sample.truncated for r in rollouts),
+        "tokens": sum(len(r.sample.ids) for r in rollouts), "entropy": sum(r.sample.entropy for r in rollouts),
+        "scored": len(scored), "scored_tokens": sum(len(r.scored) for r in scored), "critic_tokens": m["critic_tokens"],
+        "steps": len(copied), "copied": sum(copied), "groups": len(groups), "flat": float((groups.std(1) == 0).sum()),
+    }  # fmt: skip
+    t = dict(zip(sums, summed(*sums.values())))  # totals of all processes
+    n = t["rollouts"]
+    return {
+        **m, "cost": {**m["cost"], "peak_mib": round(peak_memory(chat.model.device), 1)},
+        "accuracy": t["right"] / n, "length": t["tokens"] / n, "truncated": t["cut"] / n, "entropy": t["entropy"] / n,
+        "scored": t["scored"], "scored_tokens": t["scored_tokens"], "critic_failed": n - t["scored"] if asks_critic else 0,
+        "copied": t["copied"] / max(1, t["steps"]),  # share of the critiques' steps that stand word for word in the attempt
+        "zero_variance": t["flat"] / t["groups"] if cfg.attempts_per_problem > 1 else 0.0,
+        "solver_tokens": t["tokens"], "critic_tokens": t["critic_tokens"],
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def clock(cost: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds spent inside, into cost[name]."""
+    start = time.perf_counter()
+    yield
+    cost[name] = round(time.perf_counter() - start, 3)
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: the CUDA allocator's peak, or the process's on CPU; 0 where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@leader
+def step(chat: Chat, m: dict, rollouts: list[Rollout], critic: Critic, cfg: Config) -> None:
+    """One line a step, a warning where one is due, and now and then an example."""
+    seconds = "+".join(f"{m['cost'][name]:.2f}" for name in ("sample_s", "critic_s", "train_s"))
+    print(
+        f"step {m['step']:4d}/{cfg.steps} loss {m['loss']:8.4f} kl {m['kl']:7.4f} grad {m['grad_norm']:6.3f} "
+        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} "
+        f"failed {m['critic_failed']:2d} copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
+        f"{seconds} s {m['cost']['peak_mib']:.0f} MiB",
+        flush=True,
+    )
+    if m["truncated"] > 0.5:
+        print(f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens {cfg.max_new_tokens} and "
+              "mostly read as wrong")  # fmt: skip
+    if 2 * m["critic_failed"] > cfg.attempts_per_step:
+        error = getattr(critic, "last_error", "") or "empty, cut off, or without steps and an answer"
+        print(f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are left out "
+              f"({printable(error)})")  # fmt: skip
+    if rollouts and cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
+        show(chat, next((r for r in rollouts if not r.reward), rollouts[0]), cfg)
+
+
+def show(chat: Chat, rollout: Rollout, cfg: Config) -> None:
+    """One problem, attempt and context, and the five tokens whose probability the teacher would move most."""
+    lines = [
+        f"problem    {rollout.problem.question}   [answer {rollout.problem.answer}]",
+        f"attempt    {rollout.text}   [{'right' if rollout.reward else 'wrong'}]",
+    ]
+    if not cfg.teacher:
+        lines.append(f"advantage  {rollout.advantage:+.2f} for each of its {len(rollout.sample.ids)} tokens   [eq (3)]")
+    else:
+        lines.append(f"{cfg.condition:10s} {rollout.context or 'none: the critic failed'}")
+    if rollout.teacher_prompt:
+        a = token_advantages(chat, [rollout], cfg)[0]
+        top = sorted(a.abs().topk(min(5, len(a))).indices.tolist())
+        tokens = (f"{chat.tokenizer.decode([rollout.sample.ids[t]])!r} at {t} {a[t]:+.2f}" for t in top)
+        lines.append(f"moved      {', '.join(tokens)}   [A_t of eq (2), nats]")
+    for line in lines:
+        print("  " + printable(line))
+
+
+def validate(run: Run, problems: list[Problem]) -> None:
+    """Score the validation problems, and keep the adapters in best.pt if they never did better."""
+    score = float(scores(evaluate(run.chat, problems, run.cfg))["Avg"].mean())
+    run.log({"step": run.step, "validation_avg": score})
+    print(f"validation Avg@{run.cfg.eval_samples} {100 * score:.1f}")
+    run.best, run.stale = (score, 0) if score > run.best else (run.best, run.stale + 1)
+    if run.stale == 0:
+        run.save("best.pt")
+
+
+def closing(chat: Chat, problems: list[Problem], cfg: Config) -> str:
+    """What sd.py prints at its end: base (adapter off) → trained, on held-out problems, same seeds."""
+    with adapters_off(chat.model):
+        before = scores(evaluate(chat, problems, cfg))
+    after = scores(evaluate(chat, problems, cfg))
+    k = cfg.eval_samples
+    lines = [f"held out: {len(problems)} problems × {k} attempts; 95 % bootstrap intervals over problems; seed {SEED}"]
+    for name, scale in METRICS.items():
+        label = f"{name}@{k}" if name in ("Avg", "Pass", "Maj") else name
+        lines.append(
+            f"{label} {scale * before[name].mean():.1f} → {scale * after[name].mean():.1f}   "
+            f"{cell(before[name], scale)} → {cell(after[name], scale)}, paired {cell(after[name] - before[name], scale)}"
+        )
+    return "\n".join(lines)
 
 
 # ---- The command line. -------------------------------------------------------------------------------------
@@ -1096,7 +1429,7 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
-        return report.resumed_config(given)
+        return resumed_config(given)
     name, why = given.get("preset", "auto"), "as asked"
     if name == "auto":
         real = "--model is given" if "model" in given else "CUDA is there" if torch.cuda.is_available() else None
@@ -1152,5 +1485,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sd  # eval.py imports this file as `sd`: run that copy, so that its classes exist once
-    sys.exit(sd.main())
+    sys.exit(main())

@@ -100,7 +100,7 @@ def adapt(chat, cfg, noise=0.0):
 
 
 def measured(chat, rollouts, cfg) -> dict:
-    return evaluation.measure(chat, {"critic_tokens": 0, "cost": {}}, rollouts, cfg)
+    return sd.measure(chat, {"critic_tokens": 0, "cost": {}}, rollouts, cfg)
 
 
 def gradients(chat, rollouts, cfg) -> dict[str, torch.Tensor]:
@@ -801,9 +801,9 @@ def test_dropout_is_off_in_training(folder, tmp_path):
 def test_export_is_a_plain_folder_with_the_merged_logits(folder, tmp_path):
     """Fails if the adapters are not merged, are merged twice, or the template is lost."""
     run_in(tmp_path, folder, "--steps", "2", "--condition", "reference", "--lr", "0.05")
-    state = evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    state = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")
     chat = adapt(sd.load_model(str(folder)), config(lora_alpha=8.0))
-    evaluation.load_adapters(chat.model, state["adapters"])
+    sd.load_adapters(chat.model, state["adapters"])
     plain = sd.load_model(str(tmp_path / "run/model"))
     ids = torch.arange(15)[None]
     assert not [name for name, _ in plain.model.named_parameters() if name.endswith((".A", ".B"))]
@@ -997,7 +997,7 @@ def test_a_resumed_run_logs_the_same_numbers_as_an_uninterrupted_one(tmp_path, f
         log.write('{"step": 5, "loss": 1.0, "cost": {}}\n{"step": 6, "cost": {}')  # a kill in the middle of step 6
     assert run_in(tmp_path / "b", folder, *flags, "--steps", "7", "--resume") == 0
     assert log_of(tmp_path / "a/run") == log_of(tmp_path / "b/run")
-    a, b = (evaluation.load_checkpoint(tmp_path / x / "run/checkpoint.pt") for x in "ab")
+    a, b = (sd.load_checkpoint(tmp_path / x / "run/checkpoint.pt") for x in "ab")
     assert_same(a["adapters"], b["adapters"], atol=0, rtol=0)
     assert len([line for line in log_of(tmp_path / "a/run") if "loss" in line]) == 7
 
@@ -1019,11 +1019,11 @@ def test_kill_9_at_20_random_moments_loses_nothing(tmp_path, folder):
         time.sleep(rng.random() * 0.1)
         child.kill()
         child.join()
-    step = evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
+    step = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
     assert run_in(tmp_path, folder, *flags, "--resume", "--steps", str(step + 1)) == 0
     assert run_in(tmp_path / "whole", folder, *flags, "--steps", str(step + 1)) == 0
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole/run")
-    a, b = (evaluation.load_checkpoint(path / "run/checkpoint.pt")["adapters"] for path in (tmp_path, tmp_path / "whole"))
+    a, b = (sd.load_checkpoint(path / "run/checkpoint.pt")["adapters"] for path in (tmp_path, tmp_path / "whole"))
     assert_same(a, b, atol=0, rtol=0)
 
 
@@ -1039,7 +1039,7 @@ def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(sd, "take_step", interrupting)
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "9") == 130
-    assert evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3 == log_of(tmp_path / "run")[-1]["step"]
+    assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3 == log_of(tmp_path / "run")[-1]["step"]
 
 
 def press_twice(tmp_path, folder):
@@ -1077,7 +1077,7 @@ def test_a_critic_that_only_fails_stops_the_run_with_its_checkpoint(tmp_path, fo
     assert run_in(tmp_path, folder, "--condition", "critique", "--steps", "9") == 2
     out = capsys.readouterr()
     assert "every critique failed" in out.err and "WARNING" in out.out
-    assert evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3
+    assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3
 
 
 def test_a_second_run_moves_the_first_aside(tmp_path, folder):
@@ -1091,7 +1091,7 @@ def test_two_runs_share_no_folder(tmp_path, folder, capfd):
     """Fails if a second run moves a live one aside, or writes into its log."""
     flags = ["--condition", "grpo", "--steps", "1"]
     assert run_in(tmp_path, folder, *flags) == 0
-    live = evaluation.claim(tmp_path / "run")
+    live = sd.claim(tmp_path / "run")
     for more in ([], ["--resume"]):
         assert run_in(tmp_path, folder, *flags, *more) == 2 and "another run" in capfd.readouterr().err
     live.close()
@@ -1182,7 +1182,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, folder):
                 a[k] == b[k] if isinstance(a[k], (str, dict)) else a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6)
                 for k in a
             )
-        a, b = (evaluation.load_checkpoint(run / "run/checkpoint.pt") for run in (one, two))
+        a, b = (sd.load_checkpoint(run / "run/checkpoint.pt") for run in (one, two))
         assert_same(a["adapters"], b["adapters"], atol=1e-4, rtol=1e-4)
     assert run_in(two, folder, "--condition", "reference", "--resume", "--steps", "4") == 0  # with one process
 
@@ -1202,7 +1202,7 @@ def test_ctrl_c_under_torchrun_saves_the_same_step_everywhere(tmp_path, folder):
         out, err = job.communicate(timeout=120)
     steps = log_of(tmp_path / "run")[-1]["step"]
     assert job.returncode != 0 and "finishing this step" in err
-    assert evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == steps >= 2
+    assert sd.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == steps >= 2
     assert run_in(tmp_path, folder, *flags, "--resume", "--steps", str(steps + 1)) == 0
 
 
@@ -1241,12 +1241,12 @@ def test_a_critic_server_that_is_killed_half_way_costs_no_step(tmp_path, folder,
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, folder, monkeypatch):
     """Fails if evaluations without a new best are not counted, or the count is lost on resume; best.pt stays the best."""
     scores = iter([0.2, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: None)
-    monkeypatch.setattr(evaluation, "scores", lambda _: {"Avg": np.array([next(scores)])})
+    monkeypatch.setattr(sd, "evaluate", lambda *_: None)
+    monkeypatch.setattr(sd, "scores", lambda _: {"Avg": np.array([next(scores)])})
     flags = ["--condition", "grpo", "--eval-every", "1", "--patience", "3", "--final-problems", "0"]
     assert run_in(tmp_path, folder, *flags, "--steps", "3") == 0
     assert run_in(tmp_path, folder, *flags, "--steps", "9", "--resume") == 0
-    best, last = (evaluation.load_checkpoint(tmp_path / "run" / name) for name in ("best.pt", "checkpoint.pt"))
+    best, last = (sd.load_checkpoint(tmp_path / "run" / name) for name in ("best.pt", "checkpoint.pt"))
     assert (best["step"], best["best"], last["step"], last["stale"]) == (2, 0.5, 5, 3)
 
 
@@ -1273,7 +1273,7 @@ def test_nan_stops_before_the_update_and_names_step_and_row(tmp_path, folder, mo
     )
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "step 3, row" in error and "last checkpoint is finite" in error
-    state = evaluation.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    state = sd.load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["step"] == 2 and all(p.isfinite().all() for p in state["adapters"].values())
 
 
@@ -1392,7 +1392,7 @@ def test_control_characters_reach_no_terminal(chat, capsys):
     (rollout,) = rollouts_of(adapt(chat, cfg), cfg, n=1)
     rollout.text = rollout.context = "a\x1b[2Jb\u202e"
     rollout.problem = rollout.problem._replace(question="q\r\x1b]0;title\x07")
-    evaluation.show(chat, rollout, cfg)
+    sd.show(chat, rollout, cfg)
     assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
 
 
@@ -1477,11 +1477,11 @@ def test_the_readme_names_only_flags_and_functions_that_exist(capsys):
 def test_pass_at_k_and_maj_at_k_equal_numbers_worked_by_hand():
     """Fails if Pass@k is the biased 1 − (1 − c/n)^k, or a tie goes to whoever came first."""
     assert (
-        evaluation.pass_at_k(4, 1, 2) == pytest.approx(0.5)
-        and evaluation.pass_at_k(4, 0, 4) == 0
-        and evaluation.pass_at_k(4, 1, 4) == 1
+        sd.pass_at_k(4, 1, 2) == pytest.approx(0.5)
+        and sd.pass_at_k(4, 0, 4) == 0
+        and sd.pass_at_k(4, 1, 4) == 1
     )
-    vote = lambda *answers: evaluation.maj_at_k([{"answer": a, "correct": a in ("1", "1.0")} for a in answers])
+    vote = lambda *answers: sd.maj_at_k([{"answer": a, "correct": a in ("1", "1.0")} for a in answers])
     assert (
         vote("1", "2", "1.0") == 1
         and vote("1", "2") == 0.5
@@ -1494,13 +1494,13 @@ def test_pass_at_k_and_maj_at_k_equal_numbers_worked_by_hand():
 def test_intervals_cover_and_repeat():
     """Fails if the bootstrap is unseeded, or resamples attempts instead of problems."""
     values = np.random.default_rng(1).random(200)
-    low, high = evaluation.interval(values)
+    low, high = sd.interval(values)
     error = values.std() / math.sqrt(200)
-    assert (low, high) == evaluation.interval(values)
+    assert (low, high) == sd.interval(values)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < values.mean() < high
     one = [{"correct": value > 0.5, "answer": "1", "length": 1, "truncated": False} for value in values]
     once, twelve = ([[a] * n for a in one] for n in (1, 12))
-    assert evaluation.interval(evaluation.scores(once)["Avg"]) == evaluation.interval(evaluation.scores(twelve)["Avg"])
+    assert sd.interval(sd.scores(once)["Avg"]) == sd.interval(sd.scores(twelve)["Avg"])
 
 
 def test_eval_compares_runs_with_their_base_and_repeats_to_the_digit(tmp_path, folder, capsys):
@@ -1634,7 +1634,7 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(folder, tmp_path, monkey
         asked.extend(problems)
         return [[{"correct": k < solved[p.question]} for k in range(cfg.eval_samples)] for p in problems]
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(sd, "evaluate", evaluate)
     own, passed = (
         ["--filter", str(pool), "--out", str(out), "--samples", "4"],
         ["--preset", "toy", "--model", str(folder), "--max-new-tokens", "12"],
@@ -1764,7 +1764,7 @@ def step_job(whose: str, folder: str, real: bool) -> callable:
     problems = sd.load_problems(cfg, chat).train
     if whose == "ours":
         sd.add_adapters(chat.model, cfg)
-        run = evaluation.Run(cfg, chat)
+        run = sd.Run(cfg, chat)
         return lambda: sd.take_step(run, problems, None)
     import datasets
     import peft
@@ -1902,7 +1902,7 @@ def breakdown(toy: Path) -> None:
     chat = sd.load_model(str(toy))
     critic, problems = sd.load_critic(cfg, chat), sd.load_problems(cfg, chat).train
     sd.add_adapters(chat.model, cfg)
-    run, spent = evaluation.Run(cfg, chat), dict.fromkeys(("sampling", "critic", "teacher", "optimiser", "all"), 0.0)
+    run, spent = sd.Run(cfg, chat), dict.fromkeys(("sampling", "critic", "teacher", "optimiser", "all"), 0.0)
 
     def timed(name, function):
         def wrapper(*args, **kwargs):
