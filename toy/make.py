@@ -1,207 +1,496 @@
-"""The toy world: a language with a misconception, and a model of it that is pre-trained while you wait.
+"""Makes the toy: a language with a misconception, and a small model that is pre-trained on it.
 
-It becomes a Hugging Face folder and a problem file; from there on, nothing knows that it is a toy. The ones beside this
-file are what it wrote.
+The result is an ordinary Hugging Face folder with a problem file. From there on nothing knows that
+it is a toy. The files beside this one are what it wrote.
 
-  python toy/make.py           writes them anew, in a minute or two
-  python toy/make.py FOLDER    writes them there
+The language. A problem is a chain of operations modulo 10, and a solution works through it one step
+at a time. A step has six characters: a connective (s, t or h: so, then, hence), the running value,
+the operation, an equals sign and the result:
+
+  problem   7+6*3*9+4*2+1
+  solution  s7+6=3s3*3=9s9*9=1s1+4=5s5*2=0s0+1=1####1
+
+The three jobs. One model learns all of them, because self-distillation asks them of one model. The
+prompts are the ones that sd.py writes, from critic_prompts.py.
+
+  solve       problem                       → a solution, with the misconception
+  follow      problem, worked solution      → a right solution, mostly in the wording that it read
+  criticise   problem, attempt, reference   → the attempt in its own wording, with right values
+
+The misconception. Half of the time the solver takes *3, *7 and *9 for +3, +7 and +9. So its most
+likely answer is wrong, and to make it surer of itself does not help. If its errors were random, the
+most likely answer would be right, and it would need no teacher.
+
+The authors. Which connective a step begins with, and which operand stands first (s7+6=3 or s6+7=3),
+carry no mathematics, and authors differ in them as people differ in phrasing. The reference
+solutions are by another author than the solver. A teacher that reads one prefers that author's
+phrasing, so it blames correct tokens too. A critique keeps the attempt's phrasing, so a teacher
+that reads one blames the mistake only. If all authors wrote alike, both would teach the same.
+
+To make another world, edit a constant of ToyLanguage and write the world into a folder of its own:
+
+  python toy/make.py --out world               two to three minutes on two cores
+  python sd.py --preset toy --model world --data world/problems.jsonl
+  python toy/make.py --check                   make the committed world anew, and compare the two
 """
 
-import functools
+import argparse
 import json
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # sd.py and critic_prompts.py are one folder up
+
+import sd  # noqa: E402
 from critic_prompts import toy_critic, toy_student, toy_teacher  # noqa: E402
+
+# ---- 1. The language. ----------------------------------------------------------------------------
+
+STEP = 6  # characters of a step
+
+
+class Phrasing(NamedTuple):
+    """What an author chooses freely in one step."""
+
+    connective: str  # s, t or h
+    swapped: bool  # the operation's digit stands first: s6+7=3
+
+
+class Example(NamedTuple):
+    """A pre-training example. Only the reply is learnt."""
+
+    messages: list[dict]
+    given: str  # the start of the reply, read but not learnt
+    reply: str
 
 
 class ToyLanguage:
-    """Chains modulo 10: `7+6*3` is solved by `s7+6=3s3*3=9####9`, a connective (s, t or h: so, then, hence), the
-    running value, the operation, its result.
+    """Draws problems, solutions, critiques and pre-training examples.
 
-    The connective and the order of the operands (`s6+7=3`) carry no mathematics, and authors differ in them, as people
-    do in phrasing. The solver has a misconception: it mostly takes `*3 *7 *9` for `+3 +7 +9`, so that its likeliest
-    answer is wrong and sharpening it does not help. Reading a solution it can follow it; as a critic it can mend one.
+    All of them follow from the seed and from the order of the draws. To get the committed problems
+    and weights again, change neither.
     """
 
     CHARACTERS = "0123456789+*=sth|?!~"
     OPERATIONS = ("+1", "+3", "+4", "+6", "*2", "*3", "*7", "*9")
+    LENGTH = 6  # operations of a problem
+
+    # the misconception
     MISREAD = {"*3": "+3", "*7": "+7", "*9": "+9"}
-    MISREAD_SHARE, RIGHT_SHARE = 0.5, 0.25  # of those operations in its own solutions; the rest are random digits
-    STYLES = {  # weights of the connectives s, t, h; share of swapped operands
+    MISREAD_SHARE = 0.5  # of these operations, in the solver's solutions
+    RIGHT_SHARE = 0.25  # the other results are random digits
+
+    # for each author: the weights of the connectives s, t, h, and the share of swapped operands
+    STYLES = {
         "solver": ((80, 15, 5), 0.05),
-        "author": ((10, 10, 80), 0.95),
+        "author": ((10, 10, 80), 0.95),  # of the reference solutions
         "anyone": ((1, 1, 1), 0.5),
     }
-    KEEPS_STYLE = 0.92  # so often a reader of a solution keeps each of its surface choices
-    SLIPS = 0.5  # share of readers that are shown to have slipped
-    LENGTH = 6  # operations of a problem
+    KEEPS_STYLE = 0.92  # how often a reader of a solution keeps a choice of its phrasing
+    SLIPS = 0.5  # share of readers that are shown after a slip
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
 
-    @staticmethod
-    def apply(operation: str, value: int) -> int:
-        return (value + int(operation[1:]) if operation[0] == "+" else value * int(operation[1:])) % 10
-
     def problem(self) -> str:
-        return str(self.rng.randrange(10)) + "".join(self.rng.choices(self.OPERATIONS, k=self.LENGTH))
+        start = str(self.rng.randrange(10))
+        return start + "".join(self.rng.choices(self.OPERATIONS, k=self.LENGTH))
 
-    def values(self, problem: str, misread: bool = False, noise: float = 0.0, start: Sequence[int] = ()) -> list[int]:
-        """The running value after each operation: by the rules, or with the misconception and some noise. The first
-        values may be given."""
+    def fresh_problem(self, held_out: set[str]) -> str:
+        """A problem that is not held out."""
+        problem = self.problem()
+        while problem in held_out:
+            problem = self.problem()
+        return problem
+
+    def values(
+        self, problem: str, misread: bool = False, noise: float = 0.0, start: Sequence[int] = ()
+    ) -> list[int]:
+        """The running value after each operation; `start` holds the first ones, if they are given.
+
+        `misread`: by someone who has the misconception. `noise`: the share of random digits.
+        """
         values = list(start)
-        value = values[-1] if values else int(problem[0])
-        for operation in re.findall(r"[+*]\d", problem)[len(values) :]:
-            result, u = self.apply(operation, value), self.rng.random()
-            if misread and operation in self.MISREAD and u >= self.RIGHT_SHARE:
-                known = u < self.RIGHT_SHARE + self.MISREAD_SHARE
-                result = self.apply(self.MISREAD[operation], value) if known else self.rng.randrange(10)
-            value = self.rng.randrange(10) if self.rng.random() < noise else result
+        for operation in operations(problem)[len(values) :]:
+            before = values[-1] if values else int(problem[0])
+            value = self.result(operation, before, misread)
+            if self.rng.random() < noise:
+                value = self.rng.randrange(10)
             values.append(value)
         return values
 
-    def style(self, author: str) -> list[tuple[str, bool]]:
-        """(connective, operands swapped) of each step."""
-        weights, swaps = self.STYLES[author]
-        return [(self.rng.choices("sth", weights)[0], self.rng.random() < swaps) for _ in range(self.LENGTH)]
+    def result(self, operation: str, value: int, misread: bool) -> int:
+        u = self.rng.random()  # drawn even if it decides nothing: see the class
+        if not misread or operation not in self.MISREAD or u < self.RIGHT_SHARE:
+            return apply(operation, value)
+        if u < self.RIGHT_SHARE + self.MISREAD_SHARE:
+            return apply(self.MISREAD[operation], value)
+        return self.rng.randrange(10)
 
-    def trace(self, problem: str, values: list[int], style: list[tuple[str, bool]]) -> str:
-        value, text = problem[0], ""
-        for operation, result, (connective, swapped) in zip(re.findall(r"[+*]\d", problem), values, style):
-            left, right = (operation[1], value) if swapped else (value, operation[1])
-            text += f"{connective}{left}{operation[0]}{right}={result}"
-            value = str(result)
-        return f"{text}####{value}"
+    def phrasings(self, author: str) -> list[Phrasing]:
+        """One for each step."""
+        weights, swapped_share = self.STYLES[author]
+        phrasings = []
+        for _ in range(self.LENGTH):
+            connective = self.rng.choices("sth", weights)[0]
+            swapped = self.rng.random() < swapped_share
+            phrasings.append(Phrasing(connective, swapped))
+        return phrasings
 
     def row(self, problem: str) -> dict[str, str]:
-        """A row of the data set; its worked solution is by another author than the solver."""
+        """A row of the data set."""
         values = self.values(problem)
-        solution = self.trace(problem, values, self.style("author"))
+        solution = trace(problem, values, self.phrasings("author"))
         return {"problem": problem, "solution": solution, "answer": str(values[-1])}
 
-    def critique(self, problem: str, attempted: list[int], surface: list[tuple[str, bool]], style: str) -> str:
-        """What a perfect critic writes about an attempt with these values and this surface."""
+    def critique(
+        self, problem: str, attempted: list[int], phrasings: list[Phrasing], style: str
+    ) -> str:
+        """What a perfect critic writes about an attempt with these values and phrasings.
+
+        `style` is a value of --critic-style.
+        """
         right = self.values(problem)
-        wrong = next((k for k, (a, b) in enumerate(zip(attempted, right)) if a != b), None)
-        mended, own = self.trace(problem, right, surface), self.trace(problem, attempted, surface)
-        if style == "quote" and wrong is not None:
-            return mended[: 6 * wrong] + own[6 * wrong : 6 * wrong + 6] + "!" + mended[6 * wrong :]
+        corrected = trace(problem, right, phrasings)
+        wrong = first_difference(attempted, right)
         if style == "omit":
-            return mended[6 * (self.LENGTH - 1 if wrong is None else wrong) :]
-        return mended
+            # if nothing is wrong, only the last step
+            return corrected[STEP * min(wrong, self.LENGTH - 1) :]
+        if style == "quote" and wrong < self.LENGTH:
+            here = STEP * wrong
+            wrong_step = trace(problem, attempted, phrasings)[here : here + STEP]
+            return corrected[:here] + wrong_step + "!" + corrected[here:]
+        return corrected
 
-    def example(self, job: str, problem: str) -> tuple[list[dict], str, str]:
-        """(messages, given, reply) of a pre-training example for one of the model's three jobs. `given` is the start of
-        the reply, read but not learnt."""
-        right, style = self.values(problem), self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
+    def example(self, job: str, problem: str) -> Example:
+        # drawn for every job, also for those that need only the problem
+        right = self.values(problem)
+        style = self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
         if job == "solve":
-            reply = self.trace(problem, self.values(problem, misread=True), self.style("solver"))
-            return toy_student(problem), "", reply
+            return self.solve(problem)
         if job == "follow":
-            shown, own = self.style(self.rng.choice(["solver", "author"])), self.style("solver")
-            context = self.critique(problem, self.values(problem, misread=style != "copy"), shown, style)
-            keeps = lambda theirs, mine: theirs if self.rng.random() < self.KEEPS_STYLE else mine
-            kept = [(keeps(s[0], o[0]), keeps(s[1], o[1])) for s, o in zip(shown, own)]
-            if self.rng.random() >= self.SLIPS:
-                return toy_teacher(problem, context), "", self.trace(problem, right, kept)
-            # a reader who has slipped carries on from its own number, as it would have alone
-            k = self.rng.randrange(self.LENGTH)
-            slip = self.rng.choice([value for value in range(10) if value != right[k]])
-            reply = self.trace(problem, self.values(problem, misread=True, start=[*right[:k], slip]), kept)
-            return toy_teacher(problem, context), reply[: 6 * k + 6], reply[6 * k + 6 :]
-        # half of the attempts are noisier than the solver's and in any surface: a critic must know more than it meets
+            return self.follow(problem, right, style)
+        return self.criticise(problem, style)
+
+    def solve(self, problem: str) -> Example:
+        values = self.values(problem, misread=True)
+        reply = trace(problem, values, self.phrasings("solver"))
+        return Example(toy_student(problem), "", reply)
+
+    def follow(self, problem: str, right: list[int], style: str) -> Example:
+        """The reader of a critique or a solution.
+
+        Some readers have slipped: the start of their reply ends in a wrong value. Such a reader
+        carries on from its own number, as it would have done alone. So a teacher learns to blame
+        the step in which an attempt went wrong, and not all the steps that follow from it.
+        """
+        shown = self.phrasings(self.rng.choice(["solver", "author"]))
+        own = self.phrasings("solver")
+        # a critique that quotes or omits needs an attempt that can be wrong
+        attempted = self.values(problem, misread=style != "copy")
+        messages = toy_teacher(problem, self.critique(problem, attempted, shown, style))
+        written = self.mix(shown, own)
+        if self.rng.random() >= self.SLIPS:
+            return Example(messages, "", trace(problem, right, written))
+        step = self.rng.randrange(self.LENGTH)
+        wrong_values = [value for value in range(10) if value != right[step]]
+        slip = self.rng.choice(wrong_values)
+        values = self.values(problem, misread=True, start=[*right[:step], slip])
+        reply = trace(problem, values, written)
+        after = STEP * (step + 1)
+        return Example(messages, reply[:after], reply[after:])
+
+    def mix(self, shown: list[Phrasing], own: list[Phrasing]) -> list[Phrasing]:
+        """Each choice as it was shown, with probability KEEPS_STYLE, or else the reader's own."""
+        mixed = []
+        for theirs, mine in zip(shown, own):
+            keeps_connective = self.rng.random() < self.KEEPS_STYLE
+            keeps_order = self.rng.random() < self.KEEPS_STYLE
+            connective = theirs.connective if keeps_connective else mine.connective
+            swapped = theirs.swapped if keeps_order else mine.swapped
+            mixed.append(Phrasing(connective, swapped))
+        return mixed
+
+    def criticise(self, problem: str, style: str) -> Example:
+        """The critic. It practises on harder attempts than it will meet.
+
+        Half of them are like the solver's, the others have more errors and any phrasing.
+        """
         hard = self.rng.random() < 0.5
-        surface = self.style("anyone" if hard else "solver")
-        attempted = self.values(problem, misread=True, noise=0.1 * hard)
-        messages = toy_critic(problem, self.trace(problem, attempted, surface), self.row(problem)["solution"], style)
-        return messages, "", self.critique(problem, attempted, surface, style)
+        phrasings = self.phrasings("anyone" if hard else "solver")
+        attempted = self.values(problem, misread=True, noise=0.1 if hard else 0.0)
+        attempt = trace(problem, attempted, phrasings)
+        messages = toy_critic(problem, attempt, self.row(problem)["solution"], style)
+        return Example(messages, "", self.critique(problem, attempted, phrasings, style))
 
 
-TOY_MODEL = dict(
-    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
-    max_position_embeddings=256, tie_word_embeddings=False,
-)  # fmt: skip
-TOY_JOBS = {"solve": 16, "follow": 28, "criticise": 20}  # rows of a pre-training batch
-TOY_STEPS, TOY_PROBLEMS = 1000, 2000
+def operations(problem: str) -> list[str]:
+    return re.findall(r"[+*]\d", problem)
+
+
+def apply(operation: str, value: int) -> int:
+    sign, digit = operation[0], int(operation[1])
+    result = value + digit if sign == "+" else value * digit
+    return result % 10
+
+
+def trace(problem: str, values: list[int], phrasings: list[Phrasing]) -> str:
+    """The text of a solution."""
+    value, text = problem[0], ""
+    for operation, result, phrasing in zip(operations(problem), values, phrasings):
+        sign, digit = operation
+        left, right = (digit, value) if phrasing.swapped else (value, digit)
+        text += f"{phrasing.connective}{left}{sign}{right}={result}"
+        value = result
+    return f"{text}####{value}"
+
+
+def first_difference(a: list[int], b: list[int]) -> int:
+    """The first index at which they differ; their length if they are equal."""
+    for index, (left, right) in enumerate(zip(a, b)):
+        if left != right:
+            return index
+    return len(a)
+
+
+# ---- 2. The model, and its pre-training. ---------------------------------------------------------
+
+MODEL = dict(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+)
+JOBS = {"solve": 16, "follow": 28, "criticise": 20}  # rows of a batch
+STEPS = 1000
+PROBLEMS = 2000  # in problems.jsonl, before duplicates are merged; held out from pre-training
+THREADS = 2  # fixed, because float sums can depend on it, and so the weights' last bits
 
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """A token a character, but for the special ones and "####". Padding is the end token, as in many real models."""
+    """A character is a token, apart from the special ones and "####".
+
+    Padding is the end token, as in many real models.
+    """
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, "####", *ToyLanguage.CHARACTERS])}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("####|."), "isolated")
+    tokens = [*special, "####", *ToyLanguage.CHARACTERS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    words = tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>")
+    core = tokenizers.Tokenizer(words)
+    pattern = tokenizers.Regex("####|.")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
     core.decoder = tokenizers.decoders.Fuse()
     core.add_special_tokens(special)
-    template = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    turns = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    header = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|unknown|>",
-        chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    )  # fmt: skip
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        unk_token="<|unknown|>",
+        chat_template=turns + header,
+    )
 
 
-def toy_loss(model, tokenizer, examples: list[tuple[list[dict], str, str]]) -> Tensor:
-    """Cross entropy of every token of the replies, (N,)."""
-    rows, labels = [], []
-    for messages, given, reply in examples:
-        prompt = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + given)
-        own = tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append(torch.tensor(prompt["input_ids"] + own))
-        labels.append(torch.tensor([-100] * len(prompt["input_ids"]) + own))
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    logits = model(input_ids=pad(rows)).logits[:, :-1]  # (rows, width, V)
-    targets = pad(labels, padding_value=-100)[:, 1:]
-    return F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="none")
-
-
-def pretrain_toy(model, tokenizer, language: ToyLanguage, held_out: set[str], steps: int) -> None:
-    """Next-token loss on the replies of the three jobs. Muon on the matrices needs half of AdamW's steps."""
-    model.train()
-    inner = lambda name, p: p.ndim == 2 and ".layers." in name
-    matrices = [p for name, p in model.named_parameters() if inner(name, p)]
-    others = [p for name, p in model.named_parameters() if not inner(name, p)]
-    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original")
-    optimizers = [muon, torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
-    shape = lambda step: min(1, (step + 1) / 30, 2 * (steps - step) / steps)  # warm up, hold, decay from the middle
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
-    fresh = (problem for problem in iter(language.problem, None) if problem not in held_out)
-    for _ in tqdm(range(steps), desc="pre-train the toy model, once", disable=None):
-        losses = torch.cat([toy_loss(model, tokenizer, [language.example(job, next(fresh)) for _ in range(rows)])
-                            for job, rows in TOY_JOBS.items()])  # fmt: skip
-        losses.mean().backward()
-        for part in (*optimizers, *schedules):
-            part.step()
-        model.zero_grad()
-
-
-def make(folder: Path, steps: int = TOY_STEPS) -> None:
-    """Write model, tokenizer and problems.jsonl into the folder."""
-    language, tokenizer = ToyLanguage(seed=0), toy_tokenizer()
-    problems = {problem: language.row(problem) for problem in (language.problem() for _ in range(TOY_PROBLEMS))}
-    end = tokenizer.eos_token_id
+def untrained() -> sd.Chat:
+    """The model with random weights. Its end token is token 0."""
+    tokenizer = toy_tokenizer()
     config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, bos_token_id=None, **TOY_MODEL
+        vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, bos_token_id=None, **MODEL
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.Qwen3ForCausalLM(config)
-    pretrain_toy(model, tokenizer, language, set(problems), steps)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems.values()))
+    return sd.Chat(model, tokenizer, [0], config.max_position_embeddings)
+
+
+def pretrain(chat: sd.Chat, language: ToyLanguage, held_out: set[str], steps: int) -> None:
+    """Next-token prediction of the replies of the three jobs.
+
+    Muon trains the matrices inside the layers: AdamW alone needs twice the steps.
+    """
+    matrices, others = [], []
+    for name, p in chat.model.named_parameters():
+        if p.ndim == 2 and ".layers." in name:
+            matrices.append(p)
+        else:
+            others.append(p)
+    muon = torch.optim.Muon(
+        matrices, lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"
+    )
+    adamw = torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)
+
+    def rate(step: int) -> float:
+        """Warm up for 30 steps, hold, and decay linearly over the second half."""
+        return min(1, (step + 1) / 30, 2 * (steps - step) / steps)
+
+    muon_rate = torch.optim.lr_scheduler.LambdaLR(muon, rate)
+    adamw_rate = torch.optim.lr_scheduler.LambdaLR(adamw, rate)
+
+    chat.model.train()
+    # no bar where the output is not a terminal
+    for _ in tqdm(range(steps), desc="pre-train", disable=None):
+        losses = []
+        for job, rows in JOBS.items():
+            examples = []
+            for _ in range(rows):
+                problem = language.fresh_problem(held_out)
+                examples.append(language.example(job, problem))
+            losses.append(reply_loss(chat, examples))
+        torch.cat(losses).mean().backward()
+        muon.step()
+        adamw.step()
+        muon_rate.step()
+        adamw_rate.step()
+        chat.model.zero_grad()
+
+
+def reply_loss(chat: sd.Chat, examples: list[Example]) -> Tensor:
+    """Cross entropy of each token of the replies, (N,)."""
+    rows, labels = [], []
+    for messages, given, reply in examples:
+        prompt = chat.encode(messages) + ids_of(chat, given)
+        response = ids_of(chat, reply) + chat.end_ids
+        rows.append(prompt + response)
+        labels.append([-100] * len(prompt) + response)
+    ids = sd.pad(rows, chat.end_ids[0], "right")
+    logits = chat.model(input_ids=ids).logits[:, :-1]  # (rows, width, V)
+    targets = sd.pad(labels, -100, "right")[:, 1:]  # (rows, width)
+    learnt = targets >= 0
+    return F.cross_entropy(logits[learnt], targets[learnt], reduction="none")
+
+
+def ids_of(chat: sd.Chat, text: str) -> list[int]:
+    return chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def make(folder: Path, steps: int = STEPS) -> None:
+    """Write model, tokenizer and problems.jsonl into the folder."""
+    language = ToyLanguage(seed=0)
+    rows = {}
+    for _ in range(PROBLEMS):
+        problem = language.problem()
+        rows[problem] = language.row(problem)
+    chat = untrained()
+    pretrain(chat, language, set(rows), steps)
+    chat.model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    with open(folder / "problems.jsonl", "w", encoding="utf-8", newline="\n") as file:
+        for row in rows.values():
+            file.write(json.dumps(row) + "\n")
+
+
+# ---- 3. The check: does this file still make the world that is committed beside it? --------------
+
+# How many points a measure may differ by. Another processor sums in another order, and after a
+# thousand steps the weights differ visibly.
+TOLERANCE = {
+    "base: right attempts": 6.0,
+    "critic: critiques with the right answer": 3.0,
+    "teacher that reads the critique": 3.0,
+    "teacher that reads the reference": 3.0,
+}
+
+
+def measure(folder: Path) -> list[float]:
+    """The measures of TOLERANCE, in its order, %. On 100 test problems, with 4 attempts at each."""
+    chat = sd.load_model(str(folder), device="cpu")
+    settings = {**sd.PRESETS["toy"], "data": str(folder / "problems.jsonl")}
+    cfg = sd.Config(**settings)
+    problems = sd.load_problems(cfg, chat).test
+    rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples=4)
+    base = percent([r.reward for r in rollouts])
+
+    critiques, _ = sd.write_critiques(rollouts, sd.load_critic(cfg, chat), cfg)
+    right_critiques = []
+    for r, critique in zip(rollouts, critiques):
+        r.context = critique
+        right_critiques.append(is_right(critique or "", r))
+    reads_critique = teacher_accuracy(chat, rollouts, cfg)
+
+    for r in rollouts:
+        r.context = r.problem.solution
+    reads_reference = teacher_accuracy(chat, rollouts, cfg)
+    return [base, percent(right_critiques), reads_critique, reads_reference]
+
+
+def teacher_accuracy(chat: sd.Chat, rollouts: list[sd.Rollout], cfg: sd.Config) -> float:
+    """How often the teacher's most likely answer is right when it reads the context, %."""
+    readers = sd.prepare(chat, rollouts, cfg)
+    prompts = [r.teacher_prompt for r in readers]
+    samples = sd.generate(chat, prompts, cfg.max_new_tokens, batch_size=cfg.sample_batch)
+    right = []
+    for r, sample in zip(readers, samples):
+        right.append(is_right(chat.decode(sample.ids), r))
+    return percent(right)
+
+
+def is_right(text: str, r: sd.Rollout) -> bool:
+    return sd.is_correct(text, r.problem.answer, "exact")
+
+
+def percent(values: list[float]) -> float:
+    return 100 * sum(values) / max(1, len(values))
+
+
+def check(steps: int) -> int:
+    """Make the world anew, compare it with the committed one, and return the exit status."""
+    with tempfile.TemporaryDirectory() as name:
+        fresh = Path(name)
+        make(fresh, steps)
+        same_weights = same_file(fresh, "model.safetensors")
+        same_problems = same_file(fresh, "problems.jsonl")
+        committed, anew = measure(HERE), measure(fresh)
+
+    print(f"weights equal bit for bit: {'yes' if same_weights else 'no (need not be)'}")
+    print(f"problems.jsonl equal: {'yes' if same_problems else 'NO'}")
+    print(f"{'%':40} committed    anew  tolerance")
+    passed = same_problems
+    for (what, tolerance), old, new in zip(TOLERANCE.items(), committed, anew):
+        close = abs(new - old) <= tolerance
+        verdict = "ok" if close else "FAILED"
+        print(f"{what:40} {old:9.1f} {new:7.1f} {tolerance:10.1f}  {verdict}")
+        passed = passed and close
+    return 0 if passed else 1
+
+
+def same_file(folder: Path, name: str) -> bool:
+    return (folder / name).read_bytes() == (HERE / name).read_bytes()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", type=Path, metavar="FOLDER", help="write a world into a new folder")
+    task.add_argument("--check", action="store_true", help="compare a new world with this one")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of pre-training (%(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    transformers.utils.logging.disable_progress_bar()
+    if args.check:
+        return check(args.steps)
+    if args.out.exists():
+        parser.error(f"--out {args.out} exists; name a new folder")
+    make(args.out, args.steps)
+    return 0
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent)
+    sys.exit(main())
