@@ -312,8 +312,8 @@ def write_all_contexts(rollouts, critic, cfg: sd.Config) -> dict[str, list]:
             rollouts, critic, styled
         )
     for name, condition in sd.CONDITIONS.items():
-        if condition.write and not condition.asks_critic:
-            contexts[name], _ = condition.write(rollouts, None, cfg)
+        if condition.write not in (None, sd.write_critiques):
+            contexts[name], _ = condition.write(rollouts, critic, cfg)
     return contexts
 
 

@@ -158,7 +158,9 @@ class Config:
         return 1 if self.has_teacher else self.group_size
 
 
-TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))
+TOY = Path(__file__).resolve().parent / "toy"
+if TOY.parent == Path.cwd():
+    TOY = Path("toy")  # the usual case reads better in --help and in a log
 
 PRESETS = {
     # toy/ is a model folder and a problem file like any other
@@ -887,8 +889,8 @@ def train(cfg: Config) -> None:
     # after the critic, which may be the same model
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:
-        # the reentrant kind loses the adapters' gradients, silently
-        chat.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the reentrant kind may lose the adapters' gradients, since no input requires one
+        chat.model.activation_checkpointing_enable({"use_reentrant": False})
     # no weight decay: it would pull the adapter, and with it the policy, towards the base
     optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
     run = Run(cfg, chat, problems, critic, optimizer)
@@ -907,7 +909,7 @@ def train(cfg: Config) -> None:
                 save_checkpoint(run, "checkpoint.pt")
             run.empty_steps = 0 if entry["scored"] else run.empty_steps + 1
             # all processes stop, or none
-            stop = all_sum(len(interrupted) + (run.empty_steps == 3))
+            stop = all_sum(len(interrupted) + (run.empty_steps >= 3))
     # also after Ctrl-C
     save_checkpoint(run, "checkpoint.pt")
     if stop:
@@ -1075,7 +1077,7 @@ def read_problems(
             prompt = chat.encode(FORMATS[cfg.prompts].student(problem.question))
             if len(prompt) + cfg.max_new_tokens > chat.window:
                 raise ValueError(f"and --max-new-tokens exceed the model's window of {chat.window}")
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             if not cfg.skip_bad_rows:
                 raise UserError(
                     f"{where}: {error}; correct the row or add --skip-bad-rows"
