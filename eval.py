@@ -167,7 +167,7 @@ def attempt_test(
     cfg: sd.Config, checkpoint: dict | None = None, count: int | None = None
 ) -> list:
     """Attempts at the first `count` test problems, by the base or with a checkpoint's adapters."""
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).test[:count]
     if checkpoint:
         sd.add_adapters(chat.model, checkpoint["config"])
@@ -249,7 +249,7 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None) -> str:
         )
     # whatever condition the run had, there is a teacher, and every token is scored
     cfg = replace(saved, condition="critique", stop_at_first_edit=False)
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).test[:count]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, sd.EVAL_SEED)
     contexts = write_all_contexts(rollouts, sd.load_critic(cfg, chat), cfg)
@@ -806,7 +806,7 @@ def filter_pool(
 ) -> str:
     """Write the kept rows to `out`. Scores are saved on the way: the same command goes on."""
     cfg = sd.parse_config([*flags, "--data", pool, "--eval-samples", str(samples)])
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = sd.load_solver(cfg)
     rows, dropped = sd.read_problems(cfg, chat)
     out.parent.mkdir(parents=True, exist_ok=True)
     avg = score_pool(rows, Path(f"{out}.scores.jsonl"), chat, cfg)

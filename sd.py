@@ -138,6 +138,7 @@ class Config:
     )
     dtype: str = knob("auto", "of the frozen weights; auto: bfloat16 on CUDA, else float32")
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
+    threads: int = knob(0, "of torch on the CPU; 0: its own choice, all cores", low=0)
     # evaluation, checkpoints, output
     eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
     eval_samples: int = knob(12, "attempts a problem in every evaluation (paper)", low=1)
@@ -169,6 +170,9 @@ PRESETS = {
         steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16, lora_alpha=32.0, temperature=1.0,
         max_new_tokens=64, sample_batch=1024, micro_batch=32, gradient_checkpointing=False,
         final_problems=100,
+        # small kernels wait for their slowest thread: beside another busy process two threads take
+        # three times as long as one
+        threads=1,
     ),
     # the defaults above; --grader math-verify is better where answers are LaTeX
     "qwen": dict(grader="exact"),
@@ -882,7 +886,7 @@ def take_step(run: Run) -> tuple[dict, list[Rollout]]:
 
 def train(cfg: Config) -> None:
     """Train to cfg.steps; log, evaluate and save on the way. Ctrl-C ends it, saved."""
-    chat = load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = load_solver(cfg)
     problems = load_problems(cfg, chat)
     # only a condition that asks a critic loads one
     critic = load_critic(cfg, chat) if CONDITIONS[cfg.condition].asks_critic else None
@@ -1181,6 +1185,12 @@ def is_tame(text: str) -> bool:
 
 
 # ---- 13. Models. ---------------------------------------------------------------------------------
+
+
+def load_solver(cfg: Config) -> Chat:
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    return load_model(cfg.model, cfg.dtype, cfg.device)
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
