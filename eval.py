@@ -3,7 +3,8 @@
   python eval.py runs/critique runs/reference runs/grpo     compare runs with the base
   python eval.py --tokens runs/critique                     what each context does to every token
   python eval.py --reproduce --seeds 5                      the results table: rate sweep, seeds
-  python eval.py --plot                                     the README's figures, from the last two
+  python eval.py --plot runs/critique runs/grpo             draw runs, finished or not
+  python eval.py --preflight --model FOLDER --data FILE     before a long run: can it work?
   python eval.py --filter pool.jsonl --out hard.jsonl       keep what the base seldom solves
 
 Avg@k is mean accuracy, Pass@k the share of problems solved at least once, and Maj@k the share whose
@@ -236,11 +237,22 @@ def attempt_record(r: sd.Rollout) -> dict:
 # A_t of eq (2) is read out at every token of the same attempts. A context is good if the negative A
 # of a wrong attempt falls on its first wrong step, and if a right attempt is left alone.
 
-MAIN_CONTEXT = "critique (copy)"  # the paper's: it says where the first wrong step is
+def context_names() -> list[str]:
+    """The critic's styles, and every condition whose context comes from somewhere else."""
+    names = [f"critique ({style})" for style in STYLES]
+    for name, condition in sd.CONDITIONS.items():
+        if condition.write not in (None, sd.write_critiques):
+            names.append(name)
+    return names
 
 
-def study_tokens(folder: str, count: int, samples: int, url: str | None) -> str:
-    """The table of all contexts. Writes tokens.md, tokens.json and tokens.html into the folder."""
+def study_tokens(
+    folder: str, count: int, samples: int, url: str | None, names: list[str]
+) -> str:
+    """The table of the named contexts. Writes tokens.md, tokens.json and tokens.html.
+
+    The first context must be a copy of the attempt: it says where the first wrong step is.
+    """
     saved = sd.load_checkpoint(Path(folder, "checkpoint.pt"))["config"]
     if sd.is_url(saved.critic) and saved.critic != url:
         sd.fail(
@@ -252,14 +264,14 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None) -> str:
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).test[:count]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, sd.EVAL_SEED)
-    contexts = write_all_contexts(rollouts, sd.load_critic(cfg, chat), cfg)
+    contexts = write_named_contexts(names, rollouts, chat, cfg)
     found = {
         name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()
     }
     # all contexts are measured on the same attempts: on those that have every context
     complete = sorted(set.intersection(*map(set, found.values())))
 
-    critiques, places, copied = contexts[MAIN_CONTEXT], {}, []
+    critiques, places, copied = contexts[names[0]], {}, []
     for i in complete:
         r = rollouts[i]
         if not r.reward and sd.is_correct(critiques[i], r.problem.answer, cfg.grader):
@@ -280,7 +292,7 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None) -> str:
     for candidates in (places, copied):
         for i in sorted(candidates, key=lambda i: grpo[i] == 0)[:1]:
             shown = {}
-            for name in (MAIN_CONTEXT, *sd.CONDITIONS):
+            for name in (names[0], *sd.CONDITIONS):
                 if name in contexts:
                     shown[name] = (contexts[name][i], found[name][i])
             examples.append(
@@ -303,17 +315,19 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None) -> str:
     return f"{text}\nwrote {folder}/tokens.html, tokens.md and tokens.json"
 
 
-def write_all_contexts(rollouts, critic, cfg: sd.Config) -> dict[str, list]:
-    """The critic's three styles, and every condition whose context comes from somewhere else."""
-    contexts = {}
-    for style in STYLES:
-        styled = replace(cfg, critic_style=style)
-        contexts[f"critique ({style})"], _ = sd.write_critiques(
-            rollouts, critic, styled
-        )
-    for name, condition in sd.CONDITIONS.items():
-        if condition.write not in (None, sd.write_critiques):
-            contexts[name], _ = condition.write(rollouts, critic, cfg)
+def write_named_contexts(
+    names: list[str], rollouts, chat: sd.Chat, cfg: sd.Config
+) -> dict[str, list]:
+    contexts, critic = {}, None
+    for name in names:
+        style = name.removeprefix("critique (").removesuffix(")")
+        styled, write = replace(cfg, critic_style=style), sd.write_critiques
+        if name in sd.CONDITIONS:
+            styled, write = cfg, sd.CONDITIONS[name].write
+        # a critic is loaded only where one of the contexts needs it
+        if name not in sd.CONDITIONS or sd.CONDITIONS[name].asks_critic:
+            critic = critic or sd.load_critic(cfg, chat)
+        contexts[name], _ = write(rollouts, critic, styled)
     return contexts
 
 
@@ -716,8 +730,7 @@ def costs_table(runs: dict, k: int) -> str:
 COLOURS = ("#b2182b", "#2166ac", "#4d4d4d", "#e08214", "#1b7837", "#762a83")
 
 
-def plot(root: Path, study: Path, out: Path) -> str:
-    """Draw curves.svg from table.json in `root`, and advantage.svg from tokens.json in `study`."""
+def load_pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -729,6 +742,12 @@ def plot(root: Path, study: Path, out: Path) -> str:
         "svg.hashsalt": "sd",
         "text.parse_math": False,
     }
+    return plt
+
+
+def plot_results(root: Path, study: Path, out: Path) -> str:
+    """Draw curves.svg from table.json in `root`, and advantage.svg from tokens.json in `study`."""
+    plt = load_pyplot()
     runs = json.loads((root / "table.json").read_text("utf-8"))["runs"]
     examples = json.loads((study / "tokens.json").read_text("utf-8"))["examples"]
     out.mkdir(parents=True, exist_ok=True)
@@ -737,6 +756,68 @@ def plot(root: Path, study: Path, out: Path) -> str:
         out / "advantage.svg", metadata={"Date": None}
     )
     return f"wrote {out / 'curves.svg'} and {out / 'advantage.svg'}"
+
+
+# what --plot draws of a run: title, names in log.jsonl, factor for display
+PANELS = (
+    ("accuracy, % (dots: validation)", ("accuracy", "validation_avg"), 100),
+    ("loss, nats a token", ("loss",), 1),
+    ("entropy, nats a token (dots: KL to the base)", ("entropy", "kl_base"), 1),
+    ("tokens an attempt", ("length",), 1),
+    ("critiques that failed", ("critic_failed",), 1),
+    ("seconds a step", ("seconds",), 1),
+)
+
+
+def plot_runs(folders: list[str], out: Path) -> str:
+    """Draw the logs of runs, finished or not, into one PNG or SVG, by the name of `out`."""
+    plt = load_pyplot()
+    figure, axes = plt.subplots(
+        2, 3, figsize=(12, 6), layout="constrained", sharex=True
+    )
+    for folder, colour in zip(folders, itertools.cycle(COLOURS)):
+        entries = read_log(Path(folder))
+        for axis, (label, names, scale) in zip(axes.flat, PANELS):
+            for name in names:
+                points = [(e["step"], scale * e[name]) for e in entries if name in e]
+                if points:
+                    draw_line(axis, *np.array(points).T, colour, folder, name)
+            axis.set_title(label, loc="left", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    return f"wrote {out}"
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The entries of a log, without its header. A run at work may have written half a line."""
+    entries = []
+    for line in (folder / "log.jsonl").read_text("utf-8").splitlines()[1:]:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            cost = entry.get("cost", {})
+            if cost:
+                entry["seconds"] = cost["sample_s"] + cost["critic_s"] + cost["train_s"]
+            entries.append(entry)
+    return entries
+
+
+def draw_line(axis, x, y, colour: str, label: str, name: str = "", half=0.0) -> None:
+    """One curve, with a band of ± half. What is measured now and then is drawn as dots."""
+    now_and_then = name in ("validation_avg", "kl_base")
+    axis.plot(
+        x,
+        y,
+        color=colour,
+        label=None if now_and_then else label,
+        marker="o" if now_and_then or len(x) < 20 else None,
+        markersize=5 if now_and_then else 3,
+        linestyle=":" if now_and_then else "-",
+    )
+    axis.fill_between(x, y - half, y + half, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_curves(plt, runs: dict):
@@ -749,11 +830,7 @@ def draw_curves(plt, runs: dict):
         for arm, colour in zip(main_arms(runs), itertools.cycle(COLOURS)):
             curves = read_curves(runs[arm])
             x, y = curves[name].mean(0), 100 * curves["avg"]
-            mean, half = y.mean(0), half_width(y)
-            axis.plot(x, mean, color=colour, label=arm, marker="o", markersize=3)
-            axis.fill_between(
-                x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0
-            )
+            draw_line(axis, x, y.mean(0), colour, arm, half=half_width(y))
         axis.set(xlabel=label, ylim=(0, 102))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"validation Avg@{first_config(runs).eval_samples}, %")
@@ -860,7 +937,216 @@ def score_pool(
     return avg
 
 
-# ---- 7. Command line. ----------------------------------------------------------------------------
+# ---- 7. Preflight: what one runs before spending a night. ----------------------------------------
+
+
+def preflight(cfg: sd.Config, count: int, samples: int) -> str:
+    """Without training: solver, critic and teacher on validation problems, and a verdict."""
+    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    problems = sd.load_problems(cfg, chat).validation[:count]
+    critic = sd.load_critic(cfg, chat)
+    numbered, seconds = list(enumerate(problems)), {}
+    with sd.timed(seconds, "sample"):
+        rollouts = sd.attempt(chat, numbered, cfg, samples, sd.EVAL_SEED)
+    with sd.timed(seconds, "critic"):
+        critiques, critic_tokens = sd.write_critiques(rollouts, critic, cfg)
+    contexts = {
+        "its critique": critiques,
+        "the reference": [r.problem.solution for r in rollouts],
+        # the control: a critique, but of another problem
+        "another problem's critique": critiques[samples:] + critiques[:samples],
+    }
+    rows = [
+        *solver_rows(rollouts, cfg),
+        *critic_rows(rollouts, critiques, critic_tokens, cfg),
+    ]
+    gaps = {}
+    for name, texts in contexts.items():
+        result, gaps[name] = teacher_row(chat, rollouts, texts, samples, cfg)
+        rows.append([f"teacher that reads {name}: right", *result])
+    groups = numbered[: max(1, count // 4)]
+    grouped = sd.attempt(chat, groups, cfg, cfg.group_size, sd.EVAL_SEED)
+    flat = flat_groups(grouped, cfg)
+    rows.append(["grpo: groups with equal rewards", *share(flat)])
+    rows += cost_rows(chat, rollouts, critiques, critic_tokens, seconds, cfg)
+    verdict = verdicts(rollouts, critiques, gaps, np.mean(flat), cfg)
+    head = f"{len(problems)} validation problems × {samples} attempts; 95 % bootstrap intervals"
+    table_text = markdown(["before training", "", "of"], rows)
+    return f"{head}\n\n{table_text}\n" + "\n".join(verdict)
+
+
+def share(values: list) -> list[str]:
+    """[percentage with its interval, number of values]."""
+    if not len(values):
+        return ["-", "0"]
+    return [cell(np.array(values, float), unit=" %"), str(len(values))]
+
+
+def follows_format(r: sd.Rollout, cfg: sd.Config) -> bool:
+    steps = FORMATS[cfg.prompts].find_steps(r.text)
+    return bool(steps) and extract_answer(r.text) is not None
+
+
+def reaches_answer(critique: str | None, r: sd.Rollout, cfg: sd.Config) -> bool:
+    return critique is not None and sd.is_correct(
+        critique, r.problem.answer, cfg.grader
+    )
+
+
+def copies_whole(critique: str | None, r: sd.Rollout) -> bool:
+    return critique is not None and normalise(critique) == normalise(r.text)
+
+
+def solver_rows(rollouts: list, cfg: sd.Config) -> list:
+    tokens = np.mean([len(r.sample.ids) for r in rollouts])
+    return [
+        ["base: right", *share([r.reward for r in rollouts])],
+        [
+            "base: in the format asked for",
+            *share([follows_format(r, cfg) for r in rollouts]),
+        ],
+        ["base: cut at the cap", *share([r.sample.truncated for r in rollouts])],
+        ["base: tokens an attempt", f"{tokens:.0f}", str(len(rollouts))],
+    ]
+
+
+def critic_rows(rollouts, critiques, tokens: int, cfg: sd.Config) -> list:
+    mended, whole, steps = [], [], []
+    for r, critique in zip(rollouts, critiques):
+        if r.reward:
+            whole.append(copies_whole(critique, r))
+        else:
+            mended.append(reaches_answer(critique, r, cfg))
+        attempted = FORMATS[cfg.prompts].find_steps(r.text)
+        for step in FORMATS[cfg.prompts].find_steps(critique or ""):
+            steps.append(step in attempted)
+    failed = [critique is None for critique in critiques]
+    return [
+        ["critic: failed (empty, cut off, malformed)", *share(failed)],
+        ["critic: right answer on wrong attempts", *share(mended)],
+        ["critic: copies right attempts whole", *share(whole)],
+        ["critic: steps that stand in the attempt", *share(steps)],
+        [
+            "critic: tokens a critique",
+            f"{tokens / len(critiques):.0f}",
+            str(len(critiques)),
+        ],
+    ]
+
+
+def teacher_row(chat, rollouts, contexts, samples: int, cfg: sd.Config) -> tuple:
+    """([accuracy and gap to the base, number], gap): the teacher attempts what the base attempted.
+
+    The gap is paired by problem. It predicts the final gain linearly in arXiv 2605.30070.
+    """
+    teacher = replace(cfg, condition="critique", stop_at_first_edit=False)
+    prepared = [replace(r, context=c) for r, c in zip(rollouts, contexts)]
+    scored = sd.prepare(chat, prepared, teacher)
+    if not scored:
+        return ["no valid context", "0"], None
+    rng = np.random.default_rng(sd.EVAL_SEED)
+    uniforms = rng.random((len(scored), cfg.max_new_tokens), np.float32)
+    prompts = [r.teacher_prompt for r in scored]
+    drawn = sd.generate(
+        chat, prompts, cfg.max_new_tokens, uniforms, cfg.temperature, cfg.sample_batch
+    )
+    right, base = Counter(), Counter()
+    for r, sample in zip(scored, drawn):
+        text = chat.decode(sample.ids)
+        right[r.problem] += sd.is_correct(text, r.problem.answer, cfg.grader)
+        base[r.problem] += r.reward
+    gain = np.array([(right[p] - base[p]) / samples for p in base])
+    accuracy = 100 * right.total() / len(scored)
+    low, high = interval(gain)
+    result = f"{accuracy:.1f} %, gap {100 * gain.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return [result, str(len(scored))], (gain.mean(), low, high)
+
+
+def flat_groups(rollouts: list, cfg: sd.Config) -> list[bool]:
+    rewards = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)
+    return (rewards.std(1) == 0).tolist()
+
+
+def cost_rows(
+    chat, rollouts, critiques, critic_tokens: int, seconds: dict, cfg: sd.Config
+) -> list:
+    """Times of the parts, and what they add up to. One update is taken, at learning rate 0."""
+    sd.add_adapters(chat.model, cfg)
+    if cfg.gradient_checkpointing:
+        chat.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0)
+    part = rollouts[: 2 * cfg.micro_batch]
+    for r, critique in zip(part, critiques):
+        r.context = critique or r.problem.solution
+    scored = sd.prepare(chat, part, replace(cfg, condition="critique"))
+    with sd.timed(seconds, "update"):
+        sd.update(chat, optimizer, scored, replace(cfg, condition="critique"))
+    tokens = sum(len(r.sample.ids) for r in rollouts)
+    step = cfg.attempts_per_step / len(rollouts) * (seconds["sample"] + seconds["critic"])
+    step += cfg.attempts_per_step / len(part) * seconds["update"]
+    peak = sd.peak_memory(chat.model.device) / 1024
+    return [
+        ["sampling: seconds; tokens a second", *speed(seconds["sample"], tokens)],
+        ["critic: seconds; tokens a second", *speed(seconds["critic"], critic_tokens)],
+        ["update: seconds an attempt", f"{seconds['update'] / len(part):.2f}", str(len(part))],
+        ["a step of critique, estimated", f"{step:.0f} s", ""],
+        [f"the run of {cfg.steps} steps, estimated", f"{cfg.steps * step / 3600:.1f} h", ""],
+        ["peak memory", f"{peak:.1f} GiB", ""],
+    ]
+
+
+def speed(seconds: float, tokens: int) -> list[str]:
+    return [f"{seconds:.1f}; {tokens / seconds:.0f}", f"{tokens:,} tokens"]
+
+
+def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> list[str]:
+    """One line for each condition, in words. The first reason that applies is given."""
+    n = len(rollouts)
+    right = int(sum(r.reward for r in rollouts))
+    formed = sum(follows_format(r, cfg) for r in rollouts)
+    failed = critiques.count(None)
+    wrong = [(c, r) for c, r in zip(critiques, rollouts) if not r.reward]
+    reached = sum(reaches_answer(c, r, cfg) for c, r in wrong)
+    copied = sum(copies_whole(c, r) for c, r in wrong)
+    other = ", ".join(name for name in FORMATS if name != cfg.prompts)
+
+    if formed < n / 2:
+        critique = f"the base keeps to the format in {formed} of {n} attempts: try --prompts {other}"
+    elif failed > n / 2:
+        critique = f"the critic fails on {failed} of {n} attempts: use a stronger one"
+    elif wrong and copied > len(wrong) / 2:
+        critique = f"the critic copies {copied} of {len(wrong)} wrong attempts unchanged: use a stronger one"
+    elif wrong and reached < len(wrong) / 2:
+        critique = f"the critic corrects {reached} of {len(wrong)} wrong attempts: use a stronger one"
+    else:
+        critique = gap_verdict(gaps["its critique"])
+    grpo = f"{flat:.0%} of the groups have equal rewards"
+    if right in (0, n):
+        grpo += f": with {right} of {n} attempts right there is nothing to compare"
+    elif flat > 0.8:
+        grpo += ": most steps teach nothing; use problems of another difficulty"
+    else:
+        grpo += ": the others teach"
+    return [
+        f"critique: {critique}",
+        f"reference: {gap_verdict(gaps['the reference'])}",
+        f"grpo: {grpo}",
+    ]
+
+
+def gap_verdict(gap: tuple | None) -> str:
+    if gap is None:
+        return "no context is valid and fits the window"
+    mean, low, high = gap
+    points = f"{100 * mean:+.0f} points [{100 * low:+.0f}, {100 * high:+.0f}]"
+    if low > 0:
+        return f"can work: the teacher is better than the base by {points}"
+    if high < 0:
+        return f"will do harm: the teacher is worse than the base, {points}"
+    return f"undecided: the teacher's gain is {points}; use more --problems"
+
+
+# ---- 8. Command line. ----------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -876,7 +1162,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="--reproduce and --filter pass what follows -- on to sd.py: "
+        epilog="--reproduce, --filter and --preflight pass what follows -- on to sd.py: "
         "eval.py --reproduce -- --model FOLDER --data FILE",
     )
     parser.error = sd.fail
@@ -895,7 +1181,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--plot",
         action="store_true",
-        help="draw assets/*.svg from what --reproduce and --tokens wrote",
+        help="draw the runs' logs into --out [plot.png]; without runs, the figures in assets/ "
+        "from what --reproduce and --tokens wrote",
+    )
+    add(
+        "--preflight",
+        action="store_true",
+        help="no training: judge solver, critic and teacher; takes the flags of sd.py",
     )
     add("--filter", metavar="POOL", help="a problem file, as sd.py's --data")
     add(
@@ -918,6 +1210,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         help="the first so many test problems [all; --tokens 50]",
     )
+    add(
+        "--contexts",
+        help="--tokens: some of "
+        + ", ".join(context_names())
+        + "; the first must copy the attempt [all]",
+    )
     add("--seeds", type=positive, default=5, help="--reproduce: seeds of each arm [5]")
     add(
         "--below", type=float, default=0.3125,
@@ -932,17 +1230,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_command(argv: list[str] | None) -> str:
     """What the command prints in the end."""
-    args = build_parser().parse_args(argv)
+    args, flags = build_parser().parse_known_args(argv)
+    if args.preflight:
+        cfg = sd.parse_config(flags + args.runs)
+        return preflight(cfg, args.problems or 32, args.samples or 2)
+    if flags:
+        sd.fail(f"unknown argument {flags[0]}; see --help")
     if args.reproduce:
         return reproduce(Path(args.out or "runs/reproduce"), args.seeds, args.runs)
     if args.tokens:
-        return study_tokens(
-            args.tokens, args.problems or 50, args.samples or 4, args.critic
-        )
+        names = context_names()
+        if args.contexts:
+            names = [name.strip() for name in args.contexts.split(",")]
+        for name in set(names) - set(context_names()):
+            sd.fail(f"argument --contexts: {name!r} is not one of {', '.join(context_names())}")
+        count, samples = args.problems or 50, args.samples or 4
+        return study_tokens(args.tokens, count, samples, args.critic, names)
+    if args.plot and args.runs:
+        return plot_runs(args.runs, Path(args.out or "plot.png"))
     if args.plot:
-        return plot(
-            Path("runs/reproduce"), Path("runs/critique"), Path(args.out or "assets")
-        )
+        out = Path(args.out or "assets")
+        return plot_results(Path("runs/reproduce"), Path("runs/critique"), out)
     if args.filter:
         out = Path(args.out or "hard.jsonl")
         return filter_pool(args.filter, out, args.below, args.samples or 16, args.runs)
@@ -952,7 +1260,7 @@ def run_command(argv: list[str] | None) -> str:
             args.runs, args.checkpoint, args.problems, args.samples, out
         )
     sd.fail(
-        "name run folders, or one of --tokens, --reproduce, --plot, --filter; see --help"
+        "name run folders, or --tokens, --reproduce, --plot, --preflight, --filter; see --help"
     )
 
 

@@ -52,6 +52,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -234,6 +235,7 @@ class Chat:
     tokenizer: transformers.PreTrainedTokenizerBase
     end_ids: list[int]  # any of them ends a response; the first one also pads
     window: int  # tokens of prompt and response together
+    max_rows: dict[str, int] = field(default_factory=dict)  # by work: what fits, see out_of_memory
 
     @property
     def head(self) -> Tensor:
@@ -280,6 +282,7 @@ class Run:
     seen: int = 0  # position in the training problems
     best: float = -1.0  # best validation accuracy
     empty_steps: int = 0  # steps in a row in which nothing was scored
+    seconds: list[float] = field(default_factory=list)  # of each step of this session
 
 
 # ---- 3. LoRA: an adapter that can be switched off. Off, the model is the initial policy. ---------
@@ -377,6 +380,7 @@ def generate(
     uniforms: np.ndarray | None = None,
     temperature: float = 1.0,
     batch_size: int = 64,
+    work: str = "attempts",
 ) -> list[Sample]:
     """One response for each prompt. Greedy without `uniforms`.
 
@@ -388,10 +392,16 @@ def generate(
     # no dropout while sampling
     chat.model.eval()
     samples = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
+    while len(samples) < len(prompts):
+        size = min(batch_size, chat.max_rows.get(work, batch_size))
+        rows = slice(len(samples), len(samples) + size)
         own = None if uniforms is None else uniforms[rows]
-        samples += generate_batch(chat, prompts[rows], max_new_tokens, own, temperature)
+        try:
+            samples += generate_batch(chat, prompts[rows], max_new_tokens, own, temperature)
+            continue
+        except torch.OutOfMemoryError:
+            pass  # the exception holds the batch's tensors until this block is left
+        out_of_memory(chat, work, len(prompts[rows]), "--sample-batch")
     return samples
 
 
@@ -512,7 +522,13 @@ class LocalCritic:
         # a conversation becomes ids, greedy ids become a reply
         prompts = [self.chat.encode(messages) for messages in conversations]
         with critic_weights(self.chat.model):
-            samples = generate(self.chat, prompts, self.max_new_tokens, batch_size=self.batch_size)
+            samples = generate(
+                self.chat,
+                prompts,
+                self.max_new_tokens,
+                batch_size=self.batch_size,
+                work="critiques",
+            )
         replies = []
         for sample in samples:
             # half a critique is not a critique
@@ -841,12 +857,26 @@ def update(
     optimizer.zero_grad()
     # Gradients are scaled by a power of two near `total` and divided by it in float32: in float16
     # 1 / 65,536 underflows, and a power of two rounds nothing.
-    scale, loss_sum = 2.0 ** round(math.log2(total)), 0.0
-    for start in range(0, len(rollouts), cfg.micro_batch):
-        part = rollouts[start : start + cfg.micro_batch]
-        h_student, value, gradient = score(chat, part, loss, cfg)
-        h_student.backward(gradient * (scale / total))
+    scale = 2.0 ** round(math.log2(total))
+    start, loss_sum = 0, 0.0
+    while start < len(rollouts):
+        rows = min(cfg.micro_batch, chat.max_rows.get("rollouts", cfg.micro_batch))
+        part = rollouts[start : start + rows]
+        h_student = gradient = None  # frees the last micro-batch's
+        try:
+            h_student, value, gradient = score(chat, part, loss, cfg)
+            h_student.backward(gradient * (scale / total))
+        except torch.OutOfMemoryError:
+            value = None
+        if value is None:
+            # the gradients may be half written: the step begins again
+            optimizer.zero_grad()
+            start, loss_sum = 0, 0.0
+            h_student = gradient = None
+            out_of_memory(chat, "rollouts", len(part), "--micro-batch")
+            continue
         loss_sum += value.sum().item()
+        start += len(part)
     # for the log: the loss a scored token
     mean_loss = all_sum(loss_sum) / total
     weights = list(adapters(chat.model).values())
@@ -878,6 +908,7 @@ def take_step(run: Run) -> tuple[dict, list[Rollout]]:
     # where the next step begins, and what a checkpoint stores
     run.step += 1
     run.seen += len(chosen)
+    run.seconds.append(sum(cost.values()))
     # from here on nothing changes the model
     metrics = measure(rollouts, critic_tokens, cfg)
     cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
@@ -908,7 +939,7 @@ def train(cfg: Config) -> None:
             write_log(run, entry)
             print_step(run, entry, rollouts)
             if is_due(run.step, cfg.eval_every):
-                validate(run)
+                validate(run, rollouts)
             if is_due(run.step, cfg.save_every):
                 save_checkpoint(run, "checkpoint.pt")
             run.empty_steps = 0 if entry["scored"] else run.empty_steps + 1
@@ -1250,6 +1281,19 @@ def has_plain_head(chat: Chat) -> bool:
     return torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=tolerance)
 
 
+def out_of_memory(chat: Chat, work: str, rows: int, flag: str) -> None:
+    """So many rows did not fit: from now on half as many, which changes no result."""
+    if rows == 1:
+        raise UserError(
+            f"out of memory with a single row of {work}; lower --max-new-tokens, --kl-chunk or "
+            "--critic-max-new-tokens, or take a smaller model; then add --resume"
+        )
+    chat.max_rows[work] = rows // 2
+    print(f"WARNING: out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}")
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:150]
 
@@ -1355,8 +1399,17 @@ def open_folder(run: Run) -> None:
         make_folder(Path(run.cfg.out))
     # what a reader needs to repeat the run
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    write_log(run, {"config": asdict(run.cfg), "versions": versions})
+    write_log(run, {"config": asdict(run.cfg), "versions": versions, "commit": code_commit()})
     save_checkpoint(run, "checkpoint.pt")  # so that --resume works from the first step on
+
+
+def code_commit() -> str | None:
+    """The commit of this file, if it lies in a git repository; + where it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def make_folder(folder: Path) -> None:
@@ -1504,14 +1557,44 @@ def accuracy(groups: list[list[Rollout]]) -> tuple[float, float]:
     return float(right.mean()), float(right.max(1).mean())
 
 
-def validate(run: Run) -> None:
+def validate(run: Run, rollouts: list[Rollout]) -> None:
     """Score the validation problems, and keep the adapters in best.pt if they never did better."""
     score, _ = accuracy(evaluate(run.chat, run.problems.validation, run.cfg))
-    write_log(run, {"step": run.step, "validation_avg": score})
-    print(f"validation Avg@{run.cfg.eval_samples} {100 * score:.1f}")
+    drift = kl_to_base(run.chat, rollouts, run.cfg)
+    write_log(run, {"step": run.step, "validation_avg": score, "kl_base": drift})
+    print(f"validation Avg@{run.cfg.eval_samples} {100 * score:.1f}, KL to the base {drift:.4f}")
     if score > run.best:
         run.best = score
         save_checkpoint(run, "best.pt")
+
+
+@torch.no_grad()
+def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
+    """KL(policy‖base) on the policy's own tokens, nats a token: how far it has moved.
+
+    Both read the student's prompt. A sudden rise is the usual first sign of a collapse.
+    """
+    total, tokens = 0.0, 0
+    for start in range(0, len(rollouts), cfg.micro_batch):
+        part = rollouts[start : start + cfg.micro_batch]
+        prompts, responses = [r.prompt for r in part], [r.sample.ids for r in part]
+        h_policy = response_hidden(chat, prompts, responses)
+        with base_weights(chat.model):
+            h_base = response_hidden(chat, prompts, responses)
+        none = torch.zeros(len(h_base), dtype=torch.long, device=h_base.device)
+        kl, _ = fused_loss(
+            h_policy,
+            h_base,
+            chat.head,
+            none,
+            none,
+            kl_student_teacher,
+            cfg.temperature,
+            cfg.kl_chunk,
+        )
+        total += kl.sum().item()
+        tokens += len(kl)
+    return all_sum(total) / max(1, all_sum(tokens))
 
 
 def measure(rollouts: list[Rollout], critic_tokens: int, cfg: Config) -> dict[str, float]:
@@ -1604,7 +1687,7 @@ def print_step(run: Run, entry: dict, rollouts: list[Rollout]) -> None:
         f"trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} failed {m['critic_failed']:2d} "
         f"copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
         f"{cost['sample_s']:.2f}+{cost['critic_s']:.2f}+{cost['train_s']:.2f} s "
-        f"{cost['peak_mib']:.0f} MiB",
+        f"{cost['peak_mib']:.0f} MiB, {time_left(run)} left",
         flush=True,
     )
     if m["truncated"] > 0.5:
@@ -1621,6 +1704,14 @@ def print_step(run: Run, entry: dict, rollouts: list[Rollout]) -> None:
     if rollouts and cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
         wrong = [r for r in rollouts if not r.reward]
         print_example(run.chat, (wrong or rollouts)[0], cfg)
+
+
+def time_left(run: Run) -> str:
+    """From the median of the last steps, so that one slow step does not count."""
+    left = (run.cfg.steps - run.step) * np.median(run.seconds[-20:])
+    if left >= 3600:
+        return f"{left // 3600:.0f} h {left % 3600 // 60:02.0f}"
+    return f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
 
 
 def print_example(chat: Chat, r: Rollout, cfg: Config) -> None:
