@@ -8,7 +8,8 @@ Who sees what. Each function that is named after a reader makes the chat message
     critic      yes          yes             -             yes, unless --no-critic-sees-reference
 
 The teacher reads both kinds of context in the same sentence, so the conditions differ in c alone.
-A format is one row of FORMATS: "steps" is for chat models, "toy" for the small model in toy/.
+A format is one row of FORMATS: "steps" (numbered tags) and "plain" (paragraphs and \\boxed{}) are
+for chat models, "toy" for the small model in toy/.
 Standard library only. The method itself is in sd.py.
 """
 
@@ -175,7 +176,122 @@ def steps_trace(reply: str) -> str | None:
     return trace
 
 
-# ---- 2. "toy", for the model in toy/: one character is one token, and each step has six. ---------
+# ---- 2. "plain", for chat models that do not take to tags: paragraphs and \\boxed{}. -------------
+
+PLAIN_FORMAT = "Reason step by step, and put your final answer within \\boxed{}."
+
+PLAIN_TEACHER = """\
+{problem}
+
+Here is a worked solution to go by. Follow it, and write your own solution out in full without \
+mentioning it:
+
+{context}
+
+{format}"""
+
+# The request names the one thing that small critics get wrong: Qwen2.5-Coder-1.5B-Instruct copied
+# attempts to the last character, wrong ones too, without a look at the solution.
+PLAIN_COPY = """\
+Correct an attempt at a problem. First compare each line of the attempt with the solution, silently.
+Then write the attempt again:
+- Copy it word for word up to the first line that contradicts the solution.
+- Write that line again, correctly, in the attempt's own wording, and continue to the answer.
+- If no line contradicts the solution, copy the whole attempt word for word.
+Never write down a wrong line, never say that there was a mistake, never mention the solution. End \
+with the final answer within \\boxed{}."""
+
+PLAIN_QUOTE = """\
+Correct an attempt at a problem. Copy it word for word up to the first line that contradicts the \
+solution. Quote that line, say that it is wrong, write it again correctly, and continue to the \
+final answer within \\boxed{}. If no line is wrong, copy the whole attempt."""
+
+PLAIN_OMIT = """\
+Correct an attempt at a problem. Leave out everything before the first line that contradicts the \
+solution. Write that line again, correctly, and continue to the final answer within \\boxed{}. If \
+no line is wrong, write only the last line with the answer."""
+
+PLAIN_STYLES = {"copy": PLAIN_COPY, "quote": PLAIN_QUOTE, "omit": PLAIN_OMIT}
+
+PLAIN_TASK = """\
+Problem: {problem}
+{notes}
+Attempt:
+{attempt}
+
+Corrected attempt:"""
+
+PLAIN_NOTES = """
+Solution: {solution}
+"""
+
+# one worked example: half the prompt of two, and the wrong step is the case that matters
+PLAIN_EXAMPLE = {
+    "problem": "Tom buys 3 pens at $2 each and a book at $5. What does he pay?",
+    "notes": "3 * 2 = 6\n6 + 5 = 11",
+    "attempt": "1. The pens cost 3 * 2 = 6 dollars.\n\n2. With the book that is 6 * 5 = 30 dollars."
+    "\n\nTom pays \\boxed{30} dollars.",
+    "copy": "1. The pens cost 3 * 2 = 6 dollars.\n\n2. With the book that is 6 + 5 = 11 dollars."
+    "\n\nTom pays \\boxed{11} dollars.",
+    "quote": "1. The pens cost 3 * 2 = 6 dollars.\n\n2. It is wrong that 'with the book that is "
+    "6 * 5 = 30 dollars': with the book that is 6 + 5 = 11 dollars."
+    "\n\nTom pays \\boxed{11} dollars.",
+    "omit": "2. With the book that is 6 + 5 = 11 dollars.\n\nTom pays \\boxed{11} dollars.",
+}
+
+
+def plain_student(problem: str) -> list[dict]:
+    return [user(f"{problem}\n\n{PLAIN_FORMAT}")]
+
+
+def plain_teacher(problem: str, context: str) -> list[dict]:
+    return [user(PLAIN_TEACHER.format(problem=problem, context=context, format=PLAIN_FORMAT))]
+
+
+def plain_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
+    """Instructions, one worked example and the attempt. Without a solution there are no notes."""
+    example = PLAIN_EXAMPLE
+    notes = example["notes"] if solution else None
+    shown = plain_task(example["problem"], example["attempt"], notes)
+    return [
+        user(PLAIN_STYLES[style] + "\n\n" + shown),
+        {"role": "assistant", "content": example[style]},
+        user(plain_task(problem, attempt, solution)),
+    ]
+
+
+def plain_task(problem: str, attempt: str, solution: str | None) -> str:
+    notes = PLAIN_NOTES.format(solution=solution) if solution else ""
+    return PLAIN_TASK.format(problem=problem, attempt=attempt, notes=notes)
+
+
+def plain_find(text: str) -> list[str]:
+    """A step is a paragraph, or a numbered item of a list."""
+    steps = []
+    for part in re.split(r"\r?\n(?=\s*\d{1,3}[.)]\s)|\r?\n[ \t]*\r?\n", text):
+        if part.strip():
+            steps.append(part.strip())
+    return steps
+
+
+# what stands in the critic's request and in no attempt: a reply that holds it echoes the request
+ECHO = re.compile(r"^\W*(Problem|Solution|Attempt):|contradicts the solution", re.MULTILINE)
+
+
+def plain_trace(reply: str) -> str | None:
+    """The reply up to the line of its last answer; None without an answer, or if it is an echo."""
+    trace = re.sub(r"\A\W*Corrected attempt:\W*?\n", "", reply.replace("\r\n", "\n")).strip()
+    last = trace.rfind("\\boxed{")
+    if last < 0 or ECHO.search(trace):
+        return None
+    end = trace.find("\n", last)
+    trace = trace if end < 0 else trace[:end]
+    steps = plain_find(trace)
+    # a loop, or the attempt before its correction, counts its steps twice
+    return trace if len(steps) == len(set(steps)) else None
+
+
+# ---- 3. "toy", for the model in toy/: one character is one token, and each step has six. ---------
 
 TOY_MARKS = {
     "copy": "?",
@@ -204,7 +320,7 @@ def toy_trace(reply: str) -> str | None:
     return reply if re.fullmatch(r"([sth]\d[+*]\d=\d!?)+####\d", reply) else None
 
 
-# ---- 3. The table of formats. --------------------------------------------------------------------
+# ---- 4. The table of formats. --------------------------------------------------------------------
 
 
 class Format(NamedTuple):
@@ -221,11 +337,12 @@ class Format(NamedTuple):
 
 FORMATS = {
     "steps": Format(steps_student, steps_teacher, steps_critic, steps_find, steps_trace),
+    "plain": Format(plain_student, plain_teacher, plain_critic, plain_find, plain_trace),
     "toy": Format(toy_student, toy_teacher, toy_critic, toy_find, toy_trace),
 }
 
 
-# ---- 4. Reading what a model wrote. --------------------------------------------------------------
+# ---- 5. Reading what a model wrote. --------------------------------------------------------------
 
 
 def extract_answer(text: str) -> str | None:
