@@ -1073,7 +1073,7 @@ def cost_rows(
     """Times of the parts, and what they add up to. One update is taken, at learning rate 0."""
     sd.add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:
-        chat.model.gradient_checkpointing_enable({"use_reentrant": False})
+        chat.model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0)
     part = rollouts[: 2 * cfg.micro_batch]
     for r, critique in zip(part, critiques):
