@@ -21,7 +21,7 @@ import eval as evaluation  # noqa: E402
 import sd  # noqa: E402
 from critic_prompts import extract_answer  # noqa: E402
 
-NUMBER = r"[$€]?\s*(\d[\d,]*(?:\.\d+)?)"
+NUMBER = r"[$€]?\s*(-?\d[\d,]*(?:\.\d+)?)"
 # a unit may stand behind each number: 3 pens * 2 dollars = 6
 UNIT = r"(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
 OPERATOR = r"(\+|-|−|–|\*|×|/|÷|\\times|\\div|\\cdot)"
