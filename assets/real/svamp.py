@@ -53,7 +53,7 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
             del wanted[position], lines[position]
             continue
         rest = ", ".join(lines) or r.problem.solution.split("\n")[-1]
-        copied = r.text[: match.start()]
+        copied = r.text[: match.start(1)]
         return f"{copied}{rest}.{ending(copied, r.problem.answer, cfg)}"
     return None
 
