@@ -1,29 +1,30 @@
 """Self-distillation from critique, the method of arXiv 2606.11173, in one file.
 
 A solver attempts a problem. A frozen critic answers with the solver's own trace: the correct steps
-copied word for word, the first wrong step corrected, and the rest finished from there. The same
-network that also reads this critique is the teacher. The solver learns to match the teacher's token
+copied word for word, the first wrong step corrected, and the rest finished from there. The teacher
+is the same network with this critique in its prompt. The solver learns to match the teacher's token
 distribution on its own attempt. If you know GRPO, this is what differs:
 
-  1. One attempt a problem. There is no group baseline, so a step's attempts are distinct problems.
-  2. Credit is a distribution at every token, not one number a rollout: it can blame a single step.
+  1. One attempt a problem. There is no group baseline, so every attempt is at another problem.
+  2. Credit is a distribution at every token, not one number a rollout: it can blame a single line.
   3. Credit comes from the network itself. The teacher is the initial policy (LoRA adapter off) with
      a context c in its prompt that the student does not see. There is no reward model and no second
      copy of the weights, and the teacher's weights never change.
   4. Whether the answer is right never reaches the loss. It is graded for the log.
 
 The equations, with p = student and q = teacher over the vocabulary at one token, z the student's
-logits, sg the stop-gradient:
+logits divided by the temperature, sg the stop-gradient:
 
   (1)  L_SD = E_{y ~ π_θ(·|x)} [ 1/|y| Σ_t D( π_θ(·|x,y_<t), sg π_T(·|x,c,y_<t) ) ]
   (2)  A_t  = log π_T(y_t|x,c,y_<t) − log π_θ(y_t|x,y_<t)            the advantage of one token
-  (3)  GRPO:  A_i = (r_i − mean r) / std r                       one advantage for all of rollout i
+  (3)  GRPO:  A_i = (r_i − mean r) / std r             one for all of rollout i; std divides by n
   (4)  D = KL(p‖q) = Σ_v p (log p − log q)      ∂D/∂z = p (log p − log q − D)   "student||teacher"
   (5)  D = KL(q‖p) = Σ_v q (log q − log p)      ∂D/∂z = p − q                   "teacher||student"
 
 One difference from (1): `update` divides by the number of scored tokens of the whole step, not by
 |y| for each rollout and then by the number of rollouts. A mean of means over-weights the tokens of
-short attempts, and depends on how rollouts are split into micro-batches.
+short attempts, and depends on how rollouts are split into micro-batches. Both hold y fixed: no
+gradient goes through the sampling.
 
 Start reading at `take_step`. It calls, in this order:
 
@@ -42,6 +43,7 @@ vocabulary. The prompts are in critic_prompts.py; tables and figures are made by
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -87,10 +89,13 @@ def knob(default, text: str, low: float | None = None):
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: the paper's, else its parent OPSD's, else ours ("untuned"). Presets come on top."""
+    """Where a default comes from: (paper); (OPSD), the method it builds on; (untuned), our guess.
+
+    A preset beats the defaults, a flag beats both.
+    """
 
     # what is trained
-    condition: str = knob("critique", "who writes what the teacher reads")
+    condition: str = knob("critique", "who writes the teacher's context")
     preset: str = knob("auto", "auto: toy without CUDA and without --model, else qwen")
     # model and problems
     model: str = knob("Qwen/Qwen3-1.7B", "the solver: a hub name or a folder (paper)")
@@ -130,7 +135,7 @@ class Config:
     # sampling
     temperature: float = knob(1.1, "of sampling and of the loss alike (paper)", low=1e-3)
     max_new_tokens: int = knob(2048, "cap of an attempt, tokens (paper)", low=1)
-    # memory and speed: these change no result
+    # memory and speed: up to rounding, only dtype changes a result
     sample_batch: int = knob(64, "rows that generate at once; memory, not results", low=1)
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
@@ -161,8 +166,6 @@ class Config:
 
 
 TOY = Path(__file__).resolve().parent / "toy"
-if TOY.parent == Path.cwd():
-    TOY = Path("toy")  # the usual case reads better in --help and in a log
 
 PRESETS = {
     # toy/ is a model folder and a problem file like any other
@@ -229,13 +232,15 @@ class Rollout:
 
 @dataclass
 class Chat:
-    """A causal language model with its tokenizer. Between sampler and loss there are only ids."""
+    """A causal language model with its tokenizer."""
 
     model: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     end_ids: list[int]  # any of them ends a response; the first one also pads
     window: int  # tokens of prompt and response together
-    max_rows: dict[str, int] = field(default_factory=dict)  # by work: what fits, see out_of_memory
+    max_rows: dict[str, int] = field(
+        default_factory=dict
+    )  # by kind of batch: rows that fit, see out_of_memory
 
     @property
     def head(self) -> Tensor:
@@ -281,7 +286,6 @@ class Run:
     step: int = 0  # optimiser steps taken
     seen: int = 0  # position in the training problems
     best: float = -1.0  # best validation accuracy
-    empty_steps: int = 0  # steps in a row in which nothing was scored
     seconds: list[float] = field(default_factory=list)  # of each step of this session
 
 
@@ -309,10 +313,9 @@ class LoRALinear(nn.Linear):
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        # the frozen projection
         y = F.linear(x, self.weight, self.bias)
         if self.enabled:
-            # A and B are cast to the base's dtype for speed; their gradients are float32
+            # cast to the base's dtype for speed; the gradients are accumulated in float32
             y = y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return y
 
@@ -322,7 +325,6 @@ def add_adapters(model: nn.Module, cfg: Config) -> None:
     # its own generator: the global random state is left alone
     generator = torch.Generator().manual_seed(cfg.seed)
     head = model.get_output_embeddings()
-    # every weight is frozen; only the A and B that are added below are trained
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -343,33 +345,28 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the initial policy, bit for bit.
 
-    Run no backward inside: checkpointing recomputes blocks during backward, and would recompute
-    them without the adapter.
+    Do not call backward inside: gradient checkpointing would recompute the student's blocks without
+    the adapter.
     """
-    switch_adapters(model, on=False)
+    on = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
+    for layer in on:
+        layer.enabled = False
     try:
         yield
     finally:
-        switch_adapters(model, on=True)
-
-
-def switch_adapters(model: nn.Module, on: bool) -> None:
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.enabled = on
+        for layer in on:
+            layer.enabled = True
 
 
 # The weights of the three frozen roles. All three are the initial policy; a fork changes one alone.
+# A teacher that averages past adapters, say, is a context manager that swaps p.data, an update of
+# the average behind optimizer.step(), and an entry in the checkpoint.
 teacher_weights = adapters_off  # q of the equations
 critic_weights = adapters_off  # of `--critic self`
 base_weights = adapters_off  # "before" in the closing comparison
 
 
 # ---- 4. Sample. ----------------------------------------------------------------------------------
-
-CACHE = (
-    "past_key_values"  # the model's argument for its KV cache; transformers 5.24 calls it "cache"
-)
 
 
 @torch.inference_mode()
@@ -384,12 +381,12 @@ def generate(
 ) -> list[Sample]:
     """One response for each prompt. Greedy without `uniforms`.
 
-    uniforms: float32 in [0, 1), (len(prompts), max_new_tokens). Each row has its own random numbers,
-    so a sample depends neither on the other rows nor on the batch size. The full softmax is drawn
-    from, since the loss scores the full softmax: no top-k and no top-p, whatever the model's
-    generation config says.
+    uniforms: float32 in [0, 1), (len(prompts), max_new_tokens). Each row has its own random
+    numbers, so up to rounding a sample depends neither on the other rows nor on the batch size. The
+    full softmax is drawn from, since the loss scores the full softmax: no top-k and no top-p,
+    whatever the model's generation config says. A batch that does not fit into memory is halved.
     """
-    # no dropout while sampling
+    # in train mode gradient checkpointing would switch the KV cache off
     chat.model.eval()
     samples = []
     while len(samples) < len(prompts):
@@ -431,7 +428,7 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
     for t in progress(range(max_new_tokens), desc="generate", unit="token"):
         hidden = chat.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-            **{CACHE: cache},
+            past_key_values=cache,  # from transformers 5.24 on: cache=cache
         ).last_hidden_state  # fmt: skip
         # only the last position predicts; float32 from the logits on, as in the loss
         logits = F.linear(hidden[:, -1], chat.head).float() / temperature
@@ -451,7 +448,9 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
-            cache.reorder_cache(keep)  # batch_select_indices is missing in linear-attention layers
+            cache.reorder_cache(
+                keep
+            )  # made for beam search; it selects rows in every kind of cache
             rows, token, position = rows[keep], token[keep], position[keep]
             mask = None if mask is None else mask[keep]
         # the token that was drawn is the next input
@@ -485,7 +484,6 @@ def attempt(
     seed = cfg.seed if seed is None else seed
     repeated, prompts, uniforms = [], [], []
     for number, problem in problems:
-        # the same prompt for all attempts at a problem
         prompt = chat.encode(FORMATS[cfg.prompts].student(problem.question))
         for k in range(samples):
             rng = np.random.default_rng((seed, number, k))
@@ -519,18 +517,23 @@ class LocalCritic:
     batch_size: int
 
     def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
-        # a conversation becomes ids, greedy ids become a reply
         prompts = [self.chat.encode(messages) for messages in conversations]
+        room = self.chat.window - self.max_new_tokens
+        fitting = [prompt for prompt in prompts if len(prompt) <= room]
         with critic_weights(self.chat.model):
             samples = generate(
                 self.chat,
-                prompts,
+                fitting,
                 self.max_new_tokens,
                 batch_size=self.batch_size,
                 work="critiques",
             )
-        replies = []
-        for sample in samples:
+        replies, samples = [], iter(samples)
+        for prompt in prompts:
+            if len(prompt) > room:
+                replies.append(Reply(None, 0))
+                continue
+            sample = next(samples)
             # half a critique is not a critique
             text = None if sample.truncated else self.chat.decode(sample.ids)
             replies.append(Reply(text, len(sample.ids)))
@@ -546,7 +549,6 @@ def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tup
     A reply that is empty, cut off, or without steps and an answer becomes None: half a trace or an
     error message in the teacher's prompt would be distilled like any other text.
     """
-    # every critique of the step is asked for at once
     prompt_format, conversations = FORMATS[cfg.prompts], []
     for r in rollouts:
         solution = r.problem.solution if cfg.critic_sees_reference else None
@@ -574,7 +576,8 @@ class Condition(NamedTuple):
     asks_critic: bool  # else no critic is loaded
 
 
-# Sampler, denominator, optimiser and evaluation are shared: only c differs.
+# Sampler, denominator, optimiser and evaluation are shared. critique and reference differ in c
+# alone; grpo has no c, and another loss.
 CONDITIONS = {
     "critique": Condition(write_critiques, asks_critic=True),
     "reference": Condition(copy_solutions, asks_critic=False),
@@ -584,10 +587,8 @@ CONDITIONS = {
 
 def group_advantages(rewards: list[float], group_size: int) -> list[float]:
     """Eq (3) within consecutive groups. Equal rewards carry no signal: 0, not 0 / 0."""
-    # a group is the attempts at one problem
     r = np.array(rewards).reshape(-1, group_size)  # (problems, G)
     spread = r.std(1, keepdims=True)
-    # std of the population, as in eq (3)
     advantages = (r - r.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
     return advantages.reshape(-1).tolist()
 
@@ -599,21 +600,20 @@ def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) 
         for r, advantage in zip(rollouts, advantages):
             r.advantage = advantage
         return 0
-    # the one line in which the conditions differ
+    # here the conditions with a teacher differ, and nowhere else
     contexts, tokens = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
     for r, context in zip(rollouts, contexts):
         r.context = context
     return tokens
 
 
-# ---- 7. Two rows a rollout: student prompt + y, and teacher prompt + the same ids of y. ----------
+# ---- 7. Teacher prompts, and the hidden states of the response. ----------------------------------
 
 
 def prepare(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
-    """The rollouts that are scored, with their teacher's prompts. In grpo all are, without one.
+    """The rollouts that are scored, with their teacher's prompts. In grpo all, and without one.
 
-    A rollout without a context is left out, and so is one whose context does not fit the window: a
-    context that is cut would be distilled like a whole one.
+    A rollout without a context is left out, and so is one whose context does not fit the window.
     """
     if not cfg.has_teacher:
         return rollouts
@@ -630,7 +630,7 @@ def prepare(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
             continue
         r.teacher_prompt = prompt
         if cfg.stop_at_first_edit:
-            # the token at which the critique departs is the last one that is scored
+            # up to and including the first token that the critique changes
             r.scored_length = first_edit(chat.decode, r.sample.ids, r.context) + 1
         scored.append(r)
     return scored
@@ -679,7 +679,6 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
 
 
 def kl_student_teacher(log_p, log_q, ids, advantage):  # eq (4)
-    # p (rows, V)
     p = log_p.exp()
     log_ratio = log_p - log_q
     # Σ_v p_v (log p_v − log q_v), a dot product a row
@@ -697,7 +696,7 @@ def kl_teacher_student(log_p, log_q, ids, advantage):  # eq (5)
 def policy_gradient(log_p, log_q, ids, advantage):
     # −A log p_y. The rollouts are the current policy's, so the importance ratio is 1 and a clip of
     # it would do nothing. There is no KL to a reference policy: the adapter starts at zero and
-    # training is short. Like eq (1) it is a mean over all tokens of the step.
+    # training is short. Like every loss here it is averaged over all scored tokens of the step.
     # p − 1[y]: subtract one at the drawn token
     gradient = log_p.exp()
     gradient.scatter_add_(1, ids[:, None], -torch.ones_like(gradient[:, :1]))
@@ -715,7 +714,7 @@ def of_drawn(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[:, None])[:, 0]
 
 
-# The slow twins, for the tests: the same loss, differentiated by autograd.
+# The same losses for autograd. The tests hold one form against the other.
 
 
 def kl_student_teacher_naive(log_p, log_q, ids, advantage):
@@ -741,7 +740,7 @@ class Loss(NamedTuple):
     naive: Callable  # the same loss, for autograd: the tests hold one against the other
 
 
-# The choices of --kl. A divergence is named by its formula: "forward" and "reverse" mean either.
+# The choices of --kl. People use "forward" and "reverse" KL both ways, so a name is the formula.
 DIVERGENCES = {
     "student||teacher": Loss(kl_student_teacher, kl_student_teacher_naive),
     "teacher||student": Loss(kl_teacher_student, kl_teacher_student_naive),
@@ -760,7 +759,7 @@ def log_probs(
     """
     if out is None:
         out = head.new_empty(len(hidden), len(head), dtype=torch.float32)
-    # one matmul; where the dtypes differ, a copy widens its result
+    # one matmul; in half precision a copy converts its result to float32
     if head.dtype == out.dtype:
         torch.mm(hidden, head.T, out=out)
     else:
@@ -786,8 +785,8 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row, (N,) float32, and the gradient of their sum wrt h_student, (N, H).
 
-    h_student, h_teacher (N, H); head (V, H), frozen; ids, advantage (N,). The logits of `chunk` rows
-    exist at a time, and no (N, V) tensor is ever made. z = h Wᵀ / temperature, so the gradient wrt h
+    h_student, h_teacher (N, H); head (V, H), frozen; ids, advantage (N,). Logits exist for `chunk`
+    rows at a time; no (N, V) tensor is ever made. z = h Wᵀ / temperature, so the gradient wrt h
     is (∂loss/∂z) W / temperature. It is computed while the chunk's logits exist: three matmuls, as
     many as naive autograd needs. The caller goes on with h_student.backward(gradient).
     """
@@ -799,7 +798,6 @@ def fused_loss(
     log_p = torch.empty_like(grad_z, dtype=torch.float32)
     log_q = torch.empty_like(log_p)
     for start in range(0, N, chunk):
-        # the last chunk may be shorter
         rows = slice(start, start + chunk)
         n = len(ids[rows])
         # first matmul: the student's logits
@@ -821,7 +819,13 @@ def fused_loss(
 # ---- 9. Step. ------------------------------------------------------------------------------------
 
 
-def score(chat: Chat, rollouts: list[Rollout], loss: Callable, cfg: Config):
+def score(
+    chat: Chat,
+    rollouts: list[Rollout],
+    loss: Callable,
+    cfg: Config,
+    weights: Callable = teacher_weights,
+):
     """Forward passes and loss of one micro-batch: (h_student, loss of each token, gradient)."""
     device = chat.model.device
     # both rows of a rollout end in the very ids that were drawn
@@ -830,7 +834,7 @@ def score(chat: Chat, rollouts: list[Rollout], loss: Callable, cfg: Config):
     # the teacher: other weights, another prompt, no gradient
     h_teacher = None
     if rollouts[0].teacher_prompt is not None:
-        with torch.no_grad(), teacher_weights(chat.model):
+        with torch.no_grad(), weights(chat.model):
             h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
     # one entry a scored token, in the order of the hidden states
     ids = torch.tensor(sum(responses, []), device=device)  # (N,)
@@ -855,8 +859,8 @@ def update(
         return {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0}
     chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is 0 in both
     optimizer.zero_grad()
-    # Gradients are scaled by a power of two near `total` and divided by it in float32: in float16
-    # 1 / 65,536 underflows, and a power of two rounds nothing.
+    # Dividing by `total` in the backward pass would underflow in float16. So it is done in two
+    # parts: by about 1 in the backward pass, and by a power of two, exactly, in float32 behind it.
     scale = 2.0 ** round(math.log2(total))
     start, loss_sum = 0, 0.0
     while start < len(rollouts):
@@ -880,15 +884,12 @@ def update(
     # for the log: the loss a scored token
     mean_loss = all_sum(loss_sum) / total
     weights = list(adapters(chat.model).values())
-    # over the processes of torchrun
     sum_gradients(weights)
     for p in weights:
         p.grad /= scale
-    # clip, and learn the norm before the clip
     norm = nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm or math.inf).item()
     if not math.isfinite(mean_loss + norm):
         raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm}; nothing was updated")
-    # nothing before this line changed a weight
     optimizer.step()
     return {"loss": mean_loss, "kl": mean_loss if cfg.has_teacher else 0.0, "grad_norm": norm}
 
@@ -896,7 +897,8 @@ def update(
 def take_step(run: Run) -> tuple[dict, list[Rollout]]:
     """The algorithm, once: problems → rollouts → contexts → update. (log entry, rollouts)."""
     cfg, chat, cost = run.cfg, run.chat, {}
-    # 32 problems; in grpo 4, with 8 attempts each
+    # 32 problems; in grpo 4, with 8 attempts each. Problems are shared out among processes, and not
+    # attempts, so that a group stays in one
     chosen = next_problems(run.problems.train, run.seen, cfg)
     with timed(cost, "sample_s"):
         rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
@@ -924,7 +926,7 @@ def train(cfg: Config) -> None:
     # after the critic, which may be the same model
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:
-        # the reentrant kind may lose the adapters' gradients, since no input requires one
+        # the reentrant kind gives no gradient where its input, the embeddings, requires none
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
     # no weight decay: it would pull the adapter, and with it the policy, towards the base
     optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
@@ -932,23 +934,23 @@ def train(cfg: Config) -> None:
     open_folder(run)  # a new run folder; with --resume the one that is there, and its state
     print_opening(run)
 
-    stop = 0
+    stop = empty_steps = 0
     with deferred_interrupt() as interrupted:
         while run.step < cfg.steps and not stop:
             entry, rollouts = take_step(run)
             write_log(run, entry)
             print_step(run, entry, rollouts)
+            empty_steps = 0 if entry["scored"] else empty_steps + 1
             if is_due(run.step, cfg.eval_every):
                 validate(run, rollouts)
             if is_due(run.step, cfg.save_every):
                 save_checkpoint(run, "checkpoint.pt")
-            run.empty_steps = 0 if entry["scored"] else run.empty_steps + 1
             # all processes stop, or none
-            stop = all_sum(len(interrupted) + (run.empty_steps >= 3))
+            stop = all_sum(len(interrupted) + (empty_steps == 3))
     # also after Ctrl-C
     save_checkpoint(run, "checkpoint.pt")
     if stop:
-        raise KeyboardInterrupt if interrupted else UserError(NOTHING_SCORED)
+        raise UserError(NOTHING_SCORED) if empty_steps == 3 else KeyboardInterrupt
     if cfg.final_problems:
         print_closing(run)
     if cfg.export:
@@ -1159,9 +1161,14 @@ def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple
     # a position counts through the epochs, so a resumed run goes on where it was
     for position in range(seen, seen + cfg.attempts_per_step // cfg.attempts_per_problem):
         epoch, index = divmod(position, len(problems))
-        order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(problems)), len(problems))
+        order = epoch_order(len(problems), cfg.seed, epoch)
         chosen.append((position, problems[order[index]]))
     return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
 def format_counts(counts: dict[str, int]) -> str:
@@ -1178,7 +1185,6 @@ def as_number(text: str) -> Fraction | None:
         return None
     # LaTeX fractions become a/b
     text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
-    # spaces, dollar signs and units go
     text = re.sub(r"\\[!,;: ]|[\s$]|\\text\{[^{}]*\}", "", text).rstrip(".")
     divisor = 100 if text.endswith("%") else 1
     text = text.removesuffix("%").removesuffix("\\")
@@ -1254,7 +1260,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
         raise UserError(f"{name} names no end token; set eos_token in its tokenizer_config.json")
     # dropout would make the student differ from the teacher by noise
     for module in model.modules():
-        for rate in {"p", "attention_dropout"} & vars(module).keys():
+        for rate in {"p", "dropout", "attention_dropout"} & vars(module).keys():
             setattr(module, rate, 0.0)
     # some models have no limit
     window = getattr(config, "max_position_embeddings", 1 << 20)
@@ -1304,7 +1310,6 @@ def load_critic(cfg: Config, chat: Chat) -> Critic:
     if is_url(cfg.critic):
         urls = [url.strip() for url in cfg.critic.split(",")]
         return HTTPCritic(urls, cfg.critic_model, length)
-    # a second model, or the solver's own weights
     frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg.dtype, cfg.device)
     if not cfg.critic_max_new_tokens:
         length = min(length, frozen.window // 2)  # the other half is for the prompt
@@ -1325,6 +1330,7 @@ class HTTPCritic:
     last_error: str = ""
 
     def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
+        self.last_error = ""
         with ThreadPoolExecutor(self.parallel) as pool:
             replies = pool.map(self.ask, itertools.count(), conversations)
             return list(progress(replies, total=len(conversations), desc="critic"))
@@ -1387,7 +1393,7 @@ NOTHING_SCORED = (
 )
 
 
-STATE = ("step", "seen", "best", "empty_steps")  # of a Run, in its checkpoint
+STATE = ("step", "seen", "best")  # of a Run, in its checkpoint
 
 
 def open_folder(run: Run) -> None:
@@ -1404,7 +1410,7 @@ def open_folder(run: Run) -> None:
 
 
 def code_commit() -> str | None:
-    """The commit of this file, if it lies in a git repository; + where it has been changed since."""
+    """The commit of this file if it is in a git repository, with a + if anything was changed."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -1445,7 +1451,7 @@ def save_checkpoint(run: Run, name: str) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(Path(run.cfg.out, name), buffer.getvalue())
-    all_sum(0)  # torchrun ends all processes when one ends: none may end before this is written
+    all_sum(0)  # a barrier: torchrun ends all processes as soon as one of them fails
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -1476,7 +1482,10 @@ def load_adapters(chat: Chat, checkpoint: dict) -> None:
     """Copy a checkpoint's adapters into the model."""
     with torch.no_grad():
         for name, p in adapters(chat.model).items():
-            p.copy_(checkpoint["adapters"][name])
+            saved = checkpoint["adapters"].get(name)
+            if saved is None or saved.shape != p.shape:
+                fail("the checkpoint's adapters do not fit: was --model or --lora-rank another?")
+            p.copy_(saved)
 
 
 def restore(run: Run) -> None:
@@ -1484,6 +1493,8 @@ def restore(run: Run) -> None:
     checkpoint = load_checkpoint(Path(run.cfg.out, "checkpoint.pt"))
     load_adapters(run.chat, checkpoint)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.cfg.lr  # load_state_dict brings the old one, and --lr may be another
     for name in STATE:
         setattr(run, name, checkpoint["state"][name])
     if rank() == 0:
@@ -1519,8 +1530,8 @@ def deferred_interrupt() -> Iterator[list[int]]:
     before = signal.getsignal(signal.SIGINT)
 
     def handler(number, frame):
-        # the next Ctrl-C is handled as if this were not here
-        signal.signal(signal.SIGINT, before)
+        # the next one kills: an exception would wait for the critic's running http requests
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         pressed.append(number)
         if rank() == 0:
             print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
@@ -1577,21 +1588,8 @@ def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
     total, tokens = 0.0, 0
     for start in range(0, len(rollouts), cfg.micro_batch):
         part = rollouts[start : start + cfg.micro_batch]
-        prompts, responses = [r.prompt for r in part], [r.sample.ids for r in part]
-        h_policy = response_hidden(chat, prompts, responses)
-        with base_weights(chat.model):
-            h_base = response_hidden(chat, prompts, responses)
-        none = torch.zeros(len(h_base), dtype=torch.long, device=h_base.device)
-        kl, _ = fused_loss(
-            h_policy,
-            h_base,
-            chat.head,
-            none,
-            none,
-            kl_student_teacher,
-            cfg.temperature,
-            cfg.kl_chunk,
-        )
+        same = [replace(r, teacher_prompt=r.prompt, scored_length=None) for r in part]
+        _, kl, _ = score(chat, same, kl_student_teacher, cfg, base_weights)
         total += kl.sum().item()
         tokens += len(kl)
     return all_sum(total) / max(1, all_sum(tokens))
@@ -1788,7 +1786,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = fail
     for knob_field in fields(Config):
         name, text = knob_field.name, knob_field.metadata["help"]
-        # the tables are the help text
         if name in CHOICES:
             text += ": " + ", ".join(CHOICES[name])
         text += f" [{knob_field.default}"
@@ -1857,6 +1854,8 @@ def check_config(cfg: Config) -> None:
         fail("argument --eval-every: needs --validation-problems of at least 1")
     if cfg.stop_at_first_edit and not CONDITIONS[cfg.condition].asks_critic:
         fail(f"argument --stop-at-first-edit: --condition {cfg.condition} asks no critic")
+    if cfg.stop_at_first_edit and cfg.critic_style != "copy":
+        fail("argument --stop-at-first-edit: needs --critic-style copy")
     if is_url(cfg.critic) and not cfg.critic_model:
         fail("argument --critic: a URL needs --critic-model, the name of the model it serves")
     if cfg.grader == "math-verify" and not importlib.util.find_spec("math_verify"):
@@ -1869,8 +1868,8 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     code = 1
     try:
-        cfg = parse_config(argv)
         start_processes()
+        cfg = parse_config(argv)
         print(printable(f"preset {cfg.preset}: {cfg.condition}, model {cfg.model}, "
                         f"data {cfg.data} → {cfg.out}"))  # fmt: skip
         train(cfg)
