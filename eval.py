@@ -1011,19 +1011,19 @@ def solver_rows(rollouts: list, cfg: sd.Config) -> list:
 
 
 def critic_rows(rollouts, critiques, tokens: int, cfg: sd.Config) -> list:
-    mended, whole, steps = [], [], []
+    corrected, whole, steps = [], [], []
     for r, critique in zip(rollouts, critiques):
         if r.reward:
             whole.append(copies_whole(critique, r))
         else:
-            mended.append(reaches_answer(critique, r, cfg))
+            corrected.append(reaches_answer(critique, r, cfg))
         attempted = FORMATS[cfg.prompts].find_steps(r.text)
         for step in FORMATS[cfg.prompts].find_steps(critique or ""):
             steps.append(step in attempted)
     failed = [critique is None for critique in critiques]
     return [
         ["critic: failed (empty, cut off, malformed)", *share(failed)],
-        ["critic: right answer on wrong attempts", *share(mended)],
+        ["critic: right answer on wrong attempts", *share(corrected)],
         ["critic: copies right attempts whole", *share(whole)],
         ["critic: steps that stand in the attempt", *share(steps)],
         [
@@ -1108,16 +1108,17 @@ def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> li
     wrong = [(c, r) for c, r in zip(critiques, rollouts) if not r.reward]
     reached = sum(reaches_answer(c, r, cfg) for c, r in wrong)
     copied = sum(copies_whole(c, r) for c, r in wrong)
-    other = ", ".join(name for name in FORMATS if name != cfg.prompts)
+    other = "try --prompts " + " or ".join(name for name in FORMATS if name != cfg.prompts)
 
+    stronger = "use a stronger one, or other --prompts"
     if formed < n / 2:
-        critique = f"the base keeps to the format in {formed} of {n} attempts: try --prompts {other}"
+        critique = f"the base keeps to the format in {formed} of {n} attempts: {other}"
     elif failed > n / 2:
-        critique = f"the critic fails on {failed} of {n} attempts: use a stronger one"
+        critique = f"the critic fails on {failed} of {n} attempts: {stronger}"
     elif wrong and copied > len(wrong) / 2:
-        critique = f"the critic copies {copied} of {len(wrong)} wrong attempts unchanged: use a stronger one"
+        critique = f"the critic copies {copied} of {len(wrong)} wrong attempts unchanged: {stronger}"
     elif wrong and reached < len(wrong) / 2:
-        critique = f"the critic corrects {reached} of {len(wrong)} wrong attempts: use a stronger one"
+        critique = f"the critic corrects {reached} of {len(wrong)} wrong attempts: {stronger}"
     else:
         critique = gap_verdict(gaps["its critique"])
     grpo = f"{flat:.0%} of the groups have equal rewards"

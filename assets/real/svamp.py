@@ -1,7 +1,7 @@
 """A critic that is a program, for word problems whose solution is a list of equations (SVAMP).
 
-It copies an attempt word for word up to the first equation that contradicts the solution, writes the
-right equation in its place, and finishes. So it shows what a faithful critic does to a language
+It copies an attempt word for word up to the first equation that contradicts the solution, writes
+the right equation in its place, and finishes. So it shows what a faithful critic does to a language
 model, whatever language models of the same size can do as critics. It is also an example of a fork:
 two rows more in the table of conditions, and nothing else changes.
 
