@@ -769,9 +769,6 @@ def log_probs(
     return torch.log_softmax(out, -1, out=out)
 
 
-LOSS_ROWS = 8  # rows that a loss of the table gets at a time
-
-
 @torch.no_grad()
 def fused_loss(
     h_student: Tensor,
@@ -797,6 +794,7 @@ def fused_loss(
     grad_z = head.new_empty(min(chunk, N), len(head))
     log_p = torch.empty_like(grad_z, dtype=torch.float32)
     log_q = torch.empty_like(log_p)
+    eighth = math.ceil(chunk / 8)
     for start in range(0, N, chunk):
         rows = slice(start, start + chunk)
         n = len(ids[rows])
@@ -805,9 +803,9 @@ def fused_loss(
         if h_teacher is not None:
             # second matmul: the teacher's logits
             log_probs(h_teacher[rows], head, temperature, out=log_q[:n])
-        # a loss makes some more tensors of the size of its arguments, so it gets a few rows at once
-        for first in range(0, n, LOSS_ROWS):
-            few = slice(first, min(first + LOSS_ROWS, n))
+        # a loss makes some more tensors as large as its arguments: an eighth of the chunk at a time
+        for first in range(0, n, eighth):
+            few = slice(first, min(first + eighth, n))
             value[rows][few], grad_z[few] = loss(
                 log_p[few], log_q[few], ids[rows][few], advantage[rows][few]
             )
