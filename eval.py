@@ -942,7 +942,7 @@ def score_pool(
 
 def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     """Without training: solver, critic and teacher on validation problems, and a verdict."""
-    chat = sd.load_model(cfg.model, cfg.dtype, cfg.device)
+    chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
     critic = sd.load_critic(cfg, chat)
     numbered, seconds = list(enumerate(problems)), {}
