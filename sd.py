@@ -434,9 +434,8 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
         logits = F.linear(hidden[:, -1], chat.head).float() / temperature
         p = F.softmax(logits, -1)  # (rows, V)
         entropy[rows] += torch.special.entr(p).sum(-1)
-        # greedy, for the critic
         if uniforms is None:
-            token = p.argmax(-1)
+            token = p.argmax(-1)  # greedy, for the critic
         else:
             # inverse CDF: the first token whose cumulative probability exceeds the uniform number
             cdf = p.cumsum(-1)
@@ -448,9 +447,8 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
-            cache.reorder_cache(
-                keep
-            )  # made for beam search; it selects rows in every kind of cache
+            # made for beam search; it selects rows in every kind of cache
+            cache.reorder_cache(keep)
             rows, token, position = rows[keep], token[keep], position[keep]
             mask = None if mask is None else mask[keep]
         # the token that was drawn is the next input
@@ -564,7 +562,7 @@ def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tup
     return critiques, tokens
 
 
-def copy_solutions(rollouts: list[Rollout], critic: None, cfg: Config) -> tuple[list, int]:
+def copy_solutions(rollouts: list[Rollout], critic, cfg: Config) -> tuple[list, int]:
     """The data set: its worked solution, in its author's words."""
     return [r.problem.solution for r in rollouts], 0
 
