@@ -268,19 +268,19 @@ def plain_task(problem: str, attempt: str, solution: str | None) -> str:
 def plain_find(text: str) -> list[str]:
     """A step is a paragraph, or a numbered item of a list."""
     steps = []
-    for part in re.split(r"\r?\n(?=\s*\d{1,3}[.)]\s)|\r?\n[ \t]*\r?\n", text):
+    for part in re.split(r"\r?\n(?=[ \t]*\d{1,3}[.)]\s)|\r?\n[ \t]*\r?\n", text):
         if part.strip():
             steps.append(part.strip())
     return steps
 
 
 # what stands in the critic's request and in no attempt: a reply that holds it echoes the request
-ECHO = re.compile(r"^\W*(Problem|Solution|Attempt):|contradicts the solution", re.MULTILINE)
+ECHO = re.compile(r"^Attempt:$|contradicts the solution", re.MULTILINE)
 
 
 def plain_trace(reply: str) -> str | None:
     """The reply up to the line of its last answer; None without an answer, or if it is an echo."""
-    trace = re.sub(r"\A\W*Corrected attempt:\W*?\n", "", reply.replace("\r\n", "\n")).strip()
+    trace = re.sub(r"\A\W*Corrected attempt:\**\s*", "", reply.replace("\r\n", "\n")).strip()
     last = trace.rfind("\\boxed{")
     if last < 0 or ECHO.search(trace):
         return None

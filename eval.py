@@ -1096,7 +1096,7 @@ def cost_rows(
 
 
 def speed(seconds: float, tokens: int) -> list[str]:
-    return [f"{seconds:.1f}; {tokens / seconds:.0f}", f"{tokens:,} tokens"]
+    return [f"{seconds:.1f}; {tokens / max(seconds, 1e-3):.0f}", f"{tokens:,} tokens"]
 
 
 def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> list[str]:
@@ -1233,8 +1233,14 @@ def run_command(argv: list[str] | None) -> str:
     """What the command prints in the end."""
     args, flags = build_parser().parse_known_args(argv)
     if args.preflight:
-        cfg = sd.parse_config(flags + args.runs)
-        return preflight(cfg, args.problems or 32, args.samples or 2)
+        # all other flags are sd.py's, --critic as well, and in their order
+        own = argparse.ArgumentParser(allow_abbrev=False)
+        own.add_argument("--preflight", action="store_true")
+        own.add_argument("--problems", type=positive, default=32)
+        own.add_argument("--samples", type=positive, default=2)
+        args, flags = own.parse_known_args(argv)
+        cfg = sd.parse_config([flag for flag in flags if flag != "--"])
+        return preflight(cfg, args.problems, args.samples)
     if flags:
         sd.fail(f"unknown argument {flags[0]}; see --help")
     if args.reproduce:

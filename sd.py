@@ -1582,8 +1582,9 @@ def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
     Both read the student's prompt. A sudden rise is the usual first sign of a collapse.
     """
     total, tokens = 0.0, 0
-    for start in range(0, len(rollouts), cfg.micro_batch):
-        part = rollouts[start : start + cfg.micro_batch]
+    rows = min(cfg.micro_batch, chat.max_rows.get("rollouts", cfg.micro_batch))
+    for start in range(0, len(rollouts), rows):
+        part = rollouts[start : start + rows]
         same = [replace(r, teacher_prompt=r.prompt, scored_length=None) for r in part]
         _, kl, _ = score(chat, same, kl_student_teacher, cfg, base_weights)
         total += kl.sum().item()

@@ -5,6 +5,7 @@ come from the tables of the code: a row that is added there is tested without a 
 
   python -m pytest -q       all tests: about a minute on two CPU cores
   python test_sd.py         the benchmark
+  python test_sd.py --trace the memory that Qwen3-1.7B takes, traced without a GPU
 """
 
 import errno
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +36,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import critic_prompts
 import eval as evaluation
@@ -416,6 +419,48 @@ def test_float16_gradients_do_not_underflow(folder, monkeypatch):
         found[dtype] = torch.cat([g.flatten() for g in gradient])
     assert found["float32"].abs().max() > 0
     assert F.cosine_similarity(found["float32"], found["float16"], dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", sd.CHOICES["dtype"])
+def test_training_lowers_the_loss_in_every_dtype(folder, dtype):
+    """Fails if a tensor of another dtype is in the path, or a half-precision gradient overflows."""
+    cfg = config()
+    chat = adapt(sd.load_model(str(folder), dtype), cfg)
+    rollouts = rollouts_of(chat, cfg)
+    optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
+    losses = [sd.update(chat, optimizer, rollouts, cfg)["loss"] for _ in range(3)]
+    assert 0 < losses[2] < losses[0] < math.inf
+
+
+class Full:
+    """A GPU that is full: raises at the calls of these numbers, once each."""
+
+    def __init__(self, *numbers):
+        self.numbers = set(numbers)
+        self.calls = 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.calls in self.numbers:
+            raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("where", ["backward", "second micro-batch"])
+def test_out_of_memory_begins_the_update_again(chat, where):
+    """Fails if gradients or losses that were there before the error are counted twice, or half a
+    backward stays."""
+    cfg = config(micro_batch=3)
+    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
+    wanted = sd.update(chat, sgd(chat), rollouts, cfg)
+    if where == "backward":
+        # the first layer's gradients come last
+        first, *_ = sd.adapters(chat.model).values()
+        first.register_hook(Full(1))
+    else:
+        # a micro-batch calls the model twice, for the student and for the teacher
+        chat.model.base_model.register_forward_pre_hook(Full(3))
+    assert sd.update(chat, sgd(chat), rollouts, cfg) == pytest.approx(wanted, rel=1e-5)
+    assert chat.max_rows == {"rollouts": 1}
 
 
 def test_a_step_without_signal_changes_nothing(chat):
@@ -815,6 +860,78 @@ def test_what_is_no_trace_is_refused_at_once(reply):
     assert time.process_time() - start < 0.2
 
 
+PLAIN_STEPS = {
+    "numbered items": ("1. a = 1\n2) b = 2\n\nSo \\boxed{2}",
+                       ["1. a = 1", "2) b = 2", "So \\boxed{2}"]),
+    "paragraphs": ("First a.\n\nThen b,\nand c.\n \t\nEnd.",
+                   ["First a.", "Then b,\nand c.", "End."]),
+    "Markdown": ("**Step 1:** a\n\n- **b**\n- c", ["**Step 1:** a", "- **b**\n- c"]),
+    "LaTeX": ("\\[ x = \\frac{1}{2} \\]\n\n\\boxed{\\frac{1}{2}}",
+              ["\\[ x = \\frac{1}{2} \\]", "\\boxed{\\frac{1}{2}}"]),
+    "Windows line ends": ("1. a\r\n2. b\r\n\r\nc\r\n", ["1. a", "2. b", "c"]),
+    "no steps": ("\\boxed{2}", ["\\boxed{2}"]),
+    "a number at the start of a line": ("It costs\n2.5 dollars", ["It costs\n2.5 dollars"]),
+    "step tags": (STEP_TRACE, [STEP_TRACE]),
+    "nothing": (" \n\n ", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PLAIN_STEPS)
+def test_steps_of_plain_text(what):
+    """Fails if a paragraph or an item is cut in two, or two of them count as one step."""
+    text, steps = PLAIN_STEPS[what]
+    assert critic_prompts.plain_find(text) == steps
+
+
+PLAIN = critic_prompts.PLAIN_EXAMPLE["copy"]
+# a critic's reply, and the trace in it
+PLAIN_REPLIES = {
+    "a trace": (PLAIN, PLAIN),
+    "a fraction": ("So \\boxed{\\frac{1}{2}}.", "So \\boxed{\\frac{1}{2}}."),
+    "text after the answer": (f"{PLAIN}\n\nI corrected the second step.", PLAIN),
+    "a label before it": (f"**Corrected attempt:**\n\n{PLAIN}", PLAIN),
+    "a label in its line": (f"Corrected attempt: {PLAIN}", PLAIN),
+    "Windows line ends": (PLAIN.replace("\n", "\r\n"), PLAIN),
+    "step tags and a box": (f"{STEP_TRACE} \\boxed{{2}}", f"{STEP_TRACE} \\boxed{{2}}"),
+    "step tags without a box": (STEP_TRACE, None),
+    "an echo of the request": (f"Problem: 6 + 5\n\nAttempt:\n{PLAIN}", None),
+    "an echo of the instructions": (f"No line contradicts the solution.\n\n{PLAIN}", None),
+    "a loop": (f"{PLAIN}\n\n{PLAIN}", None),
+    "no answer": ("1. The pens cost 6 dollars.", None),
+    "nothing": ("", None),
+}
+
+
+@pytest.mark.parametrize("what", PLAIN_REPLIES)
+def test_the_plain_trace_in_a_reply(what):
+    """Fails if the critic's own words, an echo or a loop are distilled, or a trace is refused."""
+    reply, trace = PLAIN_REPLIES[what]
+    assert critic_prompts.plain_trace(reply) == trace
+
+
+@pytest.mark.parametrize("text", ["\n", "!\n", "\r\n", " ", "1. ", "\\boxed{", "Attempt", "*"])
+def test_a_hostile_plain_reply_is_cheap(text):
+    """Fails if a pattern backtracks: 200,000 line ends in a row would hold the run up for hours."""
+    reply = "a" + text * (20_000 // len(text)) + "\\boxed{1}"
+    start = time.process_time()
+    critic_prompts.plain_trace(reply)
+    critic_prompts.plain_find(reply)
+    assert time.process_time() - start < 0.2
+
+
+def test_a_plain_critique_is_held_against_its_attempt(chat):
+    """The worked example of the prompt. Fails if the first edit is not at the wrong sign, or a step
+    that was changed counts as copied."""
+    attempt = critic_prompts.PLAIN_EXAMPLE["attempt"]
+    ids = chat.tokenizer(attempt)["input_ids"] + [0]
+    edit = critic_prompts.first_edit(chat.decode, ids, PLAIN)
+    assert edit == attempt.index("* 5 = 30")
+    assert critic_prompts.first_edit(chat.decode, ids, attempt) == len(ids)
+    r = replace(answered(attempt, 0.0), sample=sd.Sample(ids, False, 0.0), context=PLAIN)
+    r.teacher_prompt = [1]
+    assert sd.measure([r], 5, config(prompts="plain"))["copied"] == pytest.approx(1 / 3)
+
+
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is asked with the adapter on, or half a critique is kept."""
     chat.end_ids = list(range(0, 200, 9))  # so that replies end
@@ -976,6 +1093,202 @@ def test_dropout_is_off_in_training(folder, tmp_path):
     assert torch.equal(
         chat.model(input_ids=ids).logits, chat.model(input_ids=ids).logits
     )
+
+
+# ---- Memory: what does not fit is halved, and a GPU that is only traced. -------------------------
+
+
+def limited(chat, rows: int) -> sd.Chat:
+    """As on a GPU on which no more than so many rows fit."""
+
+    def check(model, args, kwargs):
+        if len(kwargs["input_ids"]) > rows:
+            raise torch.OutOfMemoryError
+
+    chat.model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+    return chat
+
+
+def halvings(work: str, flag: str, rows: int, limit: int) -> list[str]:
+    """The warnings until no more than `limit` rows are left."""
+    lines = []
+    while rows > limit:
+        what = f"out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}"
+        lines.append(f"WARNING: {what}")
+        rows //= 2
+    return lines
+
+
+@pytest.mark.parametrize("name", sd.CONDITIONS)
+def test_what_does_not_fit_is_halved_and_changes_no_result(tmp_path, monkeypatch, capfd, name):
+    """The toy, its own critic, on a GPU with room for 2 rows. Fails if a batch is dropped or drawn
+    with other random numbers, sampler, critic or update is not halved, or it is not said which
+    flag was."""
+    flags = ["--preset", "toy", "--condition", name, "--steps", "2", "--eval-every", "2"]
+    sizes = dict(attempts_per_step=8, group_size=4, validation_problems=2, eval_samples=2)
+    flags += ["--final-problems", "0", "--no-export", *as_flags(sizes)]
+    assert sd.main([*flags, "--out", str(tmp_path / "all")]) == 0
+    real = sd.load_model
+    monkeypatch.setattr(sd, "load_model", lambda *arguments: limited(real(*arguments), 2))
+    capfd.readouterr()
+    assert sd.main([*flags, "--out", str(tmp_path / "few")]) == 0
+    whole, halved = log_of(tmp_path / "all"), log_of(tmp_path / "few")
+    for entry, other in zip(whole[1:], halved[1:], strict=True):
+        assert entry == pytest.approx(other, rel=1e-5, abs=1e-5)
+    wanted = halvings("attempts", "--sample-batch", 8, 2)
+    if sd.CONDITIONS[name].asks_critic:
+        wanted += halvings("critiques", "--sample-batch", 8, 2)
+    wanted += halvings("rollouts", "--micro-batch", whole[1]["scored"], 2)
+    printed = capfd.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("WARNING")] == wanted
+
+
+def test_a_row_that_does_not_fit_is_one_line(monkeypatch, capfd, tmp_path):
+    """Fails if a traceback shows, or 0 rows are tried again and again."""
+    real = sd.load_model
+    monkeypatch.setattr(sd, "load_model", lambda *arguments: limited(real(*arguments), 0))
+    assert sd.main(["--preset", "toy", "--out", str(tmp_path / "run")]) == 2
+    assert "a single row of attempts" in error_of(capfd)
+
+
+def test_a_row_that_does_not_fit_the_critic_or_the_update_stops_the_run(chat):
+    """Fails if the step goes on without it, or the adapter is left off."""
+    cfg = config()
+    rollouts = rollouts_of(adapt(chat, cfg), cfg)
+    limited(chat, 0)
+    with pytest.raises(sd.UserError, match="critiques"):
+        sd.LocalCritic(chat, 9, 8)(asking("7"))
+    with pytest.raises(sd.UserError, match="rollouts"):
+        sd.update(chat, sgd(chat), rollouts, cfg)
+    for layer in chat.model.modules():
+        assert getattr(layer, "enabled", True)
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Bytes of the storages that are alive on the meta device, where tensors have no data.
+
+    A number that is read is 1, and every row is found to be unfinished. A tensor of the CPU in the
+    path raises, as it would on a GPU.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+        for weight in model.parameters():
+            self.add(weight)
+        self.weights = self.now
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if tensor.is_meta and key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.alive.remove(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        inputs, aten = tensors_in((args, kwargs)), torch.ops.aten
+        # a CPU tensor without dimensions is a number, which any device takes
+        devices = {tensor.device.type for tensor in inputs if tensor.dim()}
+        assert len(devices) < 2, f"{op} mixes {devices}"
+        if op.overloadpacket in (aten._local_scalar_dense, aten.is_nonzero) and inputs[0].is_meta:
+            return 1
+        if op.overloadpacket is aten.nonzero:
+            return inputs[0].new_empty(inputs[0].numel(), inputs[0].dim(), dtype=torch.long)
+        out = op(*args, **(kwargs or {}))
+        for tensor in tensors_in(out):
+            self.add(tensor)
+        return out
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def flash_attention(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
+    """CUDA's kernel. The meta device takes the plain one, which holds (L, L) matrices."""
+    assert attn_mask is None
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, 0.0, is_causal, False, scale=scale)[0]
+
+
+def meta_chat(cfg, vocabulary: int, **shape) -> sd.Chat:
+    """A Qwen3 without data: bfloat16 weights, float32 adapters."""
+    with torch.device("meta"):
+        model = tiny_model(vocabulary, **shape).to(torch.bfloat16).requires_grad_(False)
+    chat = adapt(sd.Chat(model, None, [1], 4096), cfg)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return chat
+
+
+def trace_update(chat, cfg, prompt: int, context: int) -> MemoryTrace:
+    """Two steps of two micro-batches: gradients and AdamW's state are there at the peak."""
+    sample = sd.Sample([5] * cfg.max_new_tokens, False, 0.0)
+    r = sd.Rollout(sd.Problem("", "", ""), [3] * prompt, sample, "", 0.0)
+    if cfg.has_teacher:
+        r.teacher_prompt = [3] * (prompt + context)
+    optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), weight_decay=0.0)
+    with MemoryTrace(chat.model) as trace:
+        for _ in range(2):
+            sd.update(chat, optimizer, [r] * (2 * cfg.micro_batch), cfg)
+    return trace
+
+
+def trace_sampling(chat, rows: int, prompt: int, tokens: int, monkeypatch) -> MemoryTrace:
+    """`tokens` tokens after a prompt; a cache of the prompt's length stands for the prompt."""
+    shape = chat.model.config
+    size = (rows, shape.num_key_value_heads, prompt - 1, shape.head_dim)
+    uniforms = np.zeros((rows, tokens), np.float32)
+    with monkeypatch.context() as patch, MemoryTrace(chat.model) as trace:
+        cache = transformers.DynamicCache(config=shape)
+        for layer in range(shape.num_hidden_layers):
+            for_layer = [torch.empty(size, dtype=chat.head.dtype, device="meta") for _ in range(2)]
+            cache.update(*for_layer, layer)
+        del for_layer
+        patch.setattr(transformers, "DynamicCache", lambda config: cache)
+        # the only place that reads more than a number
+        patch.setattr(torch.Tensor, "tolist", lambda numbers: np.ones(numbers.shape, int).tolist())
+        sd.generate(chat, [[3]] * rows, tokens, uniforms, 1.1, rows)
+    return trace
+
+
+@pytest.mark.parametrize("condition, kl", STEPS)
+def test_a_step_needs_no_cpu(condition, kl):
+    """On the meta device. Fails on `.cpu()`, or on a tensor that is made without device=."""
+    cfg = config(condition=condition, kl=kl)
+    trace = trace_update(meta_chat(cfg, 259), cfg, 20, 60)
+    assert trace.peak > trace.weights
+
+
+def test_checkpointing_saves_memory_on_a_gpu(monkeypatch):
+    """On the meta device. Fails if checkpointing is not asked for, or the step runs in eval mode,
+    where it is silently off."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash_attention)
+    shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4, head_dim=32)
+    peaks = {}
+    for on in (True, False):
+        cfg = config(gradient_checkpointing=on, max_new_tokens=40, kl_chunk=64)
+        trace = trace_update(meta_chat(cfg, 259, **shape), cfg, 20, 60)
+        peaks[on] = trace.peak - trace.weights
+    assert 0 < peaks[True] < 0.5 * peaks[False]
+
+
+def test_the_sampler_needs_no_cpu_and_holds_one_cache(monkeypatch):
+    """On the meta device. Fails on a tensor that is made without device=, if the cache is copied as
+    a whole, or if it is kept when the sampler is done."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash_attention)
+    chat = meta_chat(config(), 259, num_hidden_layers=16)
+    trace = trace_sampling(chat, 32, 500, 4, monkeypatch)
+    cache = 32 * 504 * 16 * 2 * 8 * 2  # rows, tokens, layers, keys and values, width, bytes
+    assert cache < trace.peak - trace.weights < 1.3 * cache
+    assert trace.now - trace.weights < 0.1 * cache
 
 
 # ---- Problems and reward. ------------------------------------------------------------------------
@@ -1552,6 +1865,55 @@ def test_a_checkpoint_cannot_send_the_key_to_its_own_address(
     assert not server.calls
 
 
+def test_the_log_says_what_was_run_and_how_far_the_policy_moved(tmp_path, folder, monkeypatch):
+    """Fails if the log does not name code and grader, or kl_base is not between policy and base."""
+    if (HERE / ".git").exists():
+        assert re.search(r"[0-9a-f]{7}\+?$", sd.code_commit())
+    monkeypatch.setattr(sd, "code_commit", lambda: "1234567+")
+    flags = ["--condition", "reference", "--steps", "1", "--eval-every", "1"]
+    for rate, name in (("0", "still"), ("0.01", "moved")):
+        assert run_in(tmp_path / name, folder, *flags, "--lr", rate) == 0
+    header, _, still = map(json.loads, open(tmp_path / "still/run/log.jsonl"))
+    moved = log_of(tmp_path / "moved/run")[-1]
+    assert header["config"]["grader"] == "exact"
+    assert header["versions"]["torch"] == torch.__version__
+    assert header["commit"] == "1234567+"
+    assert still["kl_base"] == 0 < moved["kl_base"]
+
+
+def test_kl_to_the_base_equals_the_naive_one(chat):
+    """Fails if it is a mean of means, is taken the other way round, or leaves the adapter off."""
+    cfg = config(micro_batch=4)
+    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
+    found, losses = sd.kl_to_base(chat, rollouts, cfg), []
+    for r in rollouts:
+        row = (chat, r.prompt, r.sample.ids, cfg.temperature)
+        log_p = row_log_probs(*row)
+        with torch.no_grad(), sd.adapters_off(chat.model):
+            log_q = row_log_probs(*row)
+        losses.append(sd.kl_student_teacher_naive(log_p, log_q, None, None))
+    assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+
+
+# steps that are left, seconds of the steps so far, and what is printed
+TIMES = [
+    (60, [100], "1 h 40"),
+    (36, [100], "1 h 00"),
+    (12, [60], "12 min"),
+    (30, [1], "30 s"),
+    (30, [1, 1, 500], "30 s"),
+    (30, [500] * 50 + [1] * 20, "30 s"),
+    (0, [100], "0 s"),
+]
+
+
+@pytest.mark.parametrize("left, seconds, text", TIMES)
+def test_the_time_left_follows_the_median_step(left, seconds, text):
+    """Fails if one slow step, or a slow beginning, counts for all that follow."""
+    run = sd.Run(config(steps=left + 5), None, None, None, None, step=5, seconds=seconds)
+    assert sd.time_left(run) == text
+
+
 def test_export_is_a_plain_folder_with_the_merged_logits(tmp_path, folder):
     """Fails if the adapters are not merged, are merged twice, or the template is lost."""
     flags = ["--condition", "reference", "--steps", "2", "--lr", "0.05"]
@@ -1979,6 +2341,152 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(
     assert asked == [0, 1, 2, 3, 4]
 
 
+PREFLIGHT = ["--preflight", "--preset", "toy", "--problems", "16"]
+
+
+def test_preflight_tells_a_critique_from_another_problems(capsys):
+    """Fails if the control, a critique of another problem, reads its own, or a row is missing."""
+    assert evaluation.main(PREFLIGHT) == 0
+    text = capsys.readouterr().out
+    gaps = {}
+    for name, gap in re.findall(r"teacher that reads (.*): right \| .*gap ([+-][\d.]+)", text):
+        gaps[name] = float(gap)
+    control = gaps.pop("another problem's critique")
+    assert len(gaps) == 2 and control + 20 < min(gaps.values())
+    assert "\ncritique: can work" in text
+    assert "\nreference: can work" in text
+    assert "\ngrpo: " in text
+
+
+def copying_critic(conversations: list[list[dict]]) -> list[sd.Reply]:
+    """Gives back the attempt, which stands between the bars of the toy's request."""
+    attempts = [messages[0]["content"].split("|")[1] for messages in conversations]
+    return [sd.Reply(attempt, 5) for attempt in attempts]
+
+
+# a critic, and the reason that is given against it
+BAD_CRITICS = [
+    (ScriptedCritic("garbage"), "the critic fails on 32 of 32 attempts"),
+    (ScriptedCritic(TRACE), "the critic corrects"),
+    (copying_critic, "wrong attempts unchanged"),
+]
+
+
+@pytest.mark.parametrize("critic, verdict", BAD_CRITICS)
+def test_preflight_advises_against_a_bad_critic(monkeypatch, capsys, critic, verdict):
+    """Fails if a useless critic passes, another reason is given, or --critic is not sd.py's."""
+
+    def load_critic(cfg, chat):
+        assert cfg.critic == "bad"
+        return critic
+
+    monkeypatch.setattr(sd, "load_critic", load_critic)
+    assert evaluation.main([*PREFLIGHT, "--critic", "bad"]) == 0
+    (line,) = re.findall(r"^critique: .*$", capsys.readouterr().out, re.MULTILINE)
+    assert verdict in line and "use a stronger one" in line
+
+
+@pytest.mark.parametrize("name", critic_prompts.FORMATS)
+def test_preflight_advises_against_a_format_that_is_not_kept(folder, capsys, name):
+    """The tiny model keeps to none. Fails if the critic is blamed for what the base cannot do, or
+    sd.py's flags do not arrive in their order."""
+    flags = as_flags(dict(model=folder, data=folder / "problems.jsonl", prompts=name))
+    flags += as_flags(dict(max_new_tokens=12, test_problems=5, validation_problems=9))
+    assert evaluation.main([*PREFLIGHT, *flags]) == 0
+    text = capsys.readouterr().out
+    (others,) = re.findall(r"keeps to the format in 0 of 18 attempts: try --prompts (.*)", text)
+    assert {name, *re.split(", | or ", others)} == set(critic_prompts.FORMATS)
+
+
+def test_plot_draws_runs_that_are_short_or_still_writing(tmp_path, folder):
+    """Fails if a panel is missing, or a run of one step or half a line at the end stops it."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    runs = []
+    for steps in (3, 1, 3):
+        flags = ["--condition", "reference", "--steps", str(steps), "--eval-every", "1"]
+        place = tmp_path / str(len(runs))
+        assert run_in(place, folder, *flags) == 0
+        runs.append(str(place / "run"))
+    log = Path(runs[2], "log.jsonl")
+    log.write_text(log.read_text()[:-20])  # the last line is a validation
+    for name in ("runs.png", "new/runs.svg"):
+        assert evaluation.main(["--plot", *runs, "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).stat().st_size > 1000
+    panels = plt.gcf().axes
+    assert [p.get_title(loc="left") for p in panels] == [label for label, _, _ in evaluation.PANELS]
+    for panel in panels:
+        assert len(panel.lines) >= len(runs)
+    # accuracy in every step of each run, and on the validation problems, where one line was cut
+    drawn = sorted(line.get_xdata().tolist() for line in panels[0].lines)
+    assert drawn == [[1], [1], [1, 2], [1, 2, 3], [1, 2, 3], [1, 2, 3]]
+    legend = panels[0].get_legend().get_texts()
+    assert [entry.get_text() for entry in legend] == runs
+    plt.close("all")
+
+
+# ---- A fork: assets/real/svamp.py. ---------------------------------------------------------------
+
+
+@pytest.fixture
+def svamp(monkeypatch):
+    """The program, whose two rows leave the table when the test is over."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rows = dict(sd.CONDITIONS)
+    spec = importlib.util.spec_from_file_location("svamp", HERE / "assets/real/svamp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in sd.CONDITIONS.keys() - rows:
+        del sd.CONDITIONS[name]
+
+
+SHOP = sd.Problem("What does Tom pay?", "3 * 2 = 6\n6 + 5 = 11", "11.0")
+SCRIPTED = [
+    ("plain", "Pens: 2 × 3 = $6.\n\nAll: ", "6 * 5 = 30.\n\n\\boxed{30}"),
+    ("plain", "Pens: 3 \\text{ pens} * 2 dollars = 6.\n\n", "6 + 5 = 12, so \\boxed{12}"),
+    ("steps", "<step_1>3 * 2 = 6</step_1>\n<step_2>", "6 - 5 = 1</step_2>\n<answer>1</answer>"),
+    ("plain", "First, ", "3 + 2 = 5, then 5 + 5 = 10: \\boxed{10}"),
+]
+
+
+@pytest.mark.parametrize("prompts, copied, wrong", SCRIPTED)
+def test_the_scripted_critic_corrects_from_the_first_wrong_equation(svamp, prompts, copied, wrong):
+    """Fails if a right equation is not copied, a wrong one is, or a step is not closed."""
+    r = replace(answered(copied + wrong, 0.0), problem=SHOP)
+    critique = svamp.correct(r, config(prompts=prompts))
+    assert critique.startswith(copied)
+    assert wrong not in critique
+    prompt_format = critic_prompts.FORMATS[prompts]
+    assert "6 + 5 = 11" in " ".join(prompt_format.find_steps(critique))
+    assert prompt_format.extract_trace(critique) == critique
+    assert sd.is_correct(critique, SHOP.answer, "exact")
+
+
+def test_the_scripted_critic_leaves_alone_what_it_cannot_correct(svamp):
+    """Fails if a right attempt is changed, or a wrong one gets a critique that contradicts none of
+    its equations."""
+    right = replace(answered("I see 5 * 5 = 9. \\boxed{11}", 1.0), problem=SHOP)
+    assert svamp.correct(right, config()) == right.text
+    for text in ("It is \\boxed{3}", "3 * 2 = 6, 6 + 5 = 11, so \\boxed{3}", ""):
+        wrong = replace(answered(text, 0.0), problem=SHOP)
+        assert svamp.correct(wrong, config()) is None
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_control_never_gets_its_own_critique(svamp, samples):
+    """Fails if an attempt reads a critique of its own problem, be it of another attempt."""
+    rollouts = []
+    for number, name in enumerate("abcd"):
+        problem = SHOP._replace(question=name)
+        for _ in range(samples):
+            reward = float(number != 2)
+            rollouts.append(replace(answered(f"{name}: nothing", reward), problem=problem))
+    critiques, _ = svamp.write_shuffled(rollouts, None, config(prompts="plain"))
+    assert len(critiques) == len(rollouts) and critiques.count(None) == samples
+    for r, critique in zip(rollouts, critiques):
+        assert critique is None or critique[0] in "abd".replace(r.problem.question, "")
+
+
 # ---- Benchmark: python test_sd.py. ---------------------------------------------------------------
 #
 # Times are ratios of jobs that take turns in this very process, the median of the rounds. Peak
@@ -2182,11 +2690,61 @@ def benchmark() -> None:
     benchmark_step()
 
 
+# ---- Trace: python test_sd.py --trace. -----------------------------------------------------------
+
+QWEN3_1_7B = dict(
+    vocabulary=151_936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+PROMPT, CONTEXT = 300, 2400  # tokens; the preset gives those of a response
+
+
+def traced_row(what: str, *sizes: float) -> None:
+    print_row(what, *(f"{size / 2**30:.1f}" for size in sizes))
+
+
+def print_trace() -> None:
+    """What the qwen preset holds at its peak: no allocator's fragments, no kernel's workspace."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(F, "scaled_dot_product_attention", flash_attention)
+    cfg = sd.Config(**sd.PRESETS["qwen"])
+    print("| Qwen3-1.7B, traced, GiB | peak | of it weights and adapters |\n|---|---|---|")
+    for rows in (cfg.micro_batch, 2, 1):
+        for on in (True, False):
+            own = replace(cfg, micro_batch=rows, gradient_checkpointing=on)
+            trace = trace_update(meta_chat(own, **QWEN3_1_7B), own, PROMPT, CONTEXT)
+            checkpointing = "with checkpointing" if on else "without"
+            what = f"update, --micro-batch {rows}, {checkpointing}"
+            traced_row(what, trace.peak, trace.weights)
+    chat = meta_chat(cfg, **QWEN3_1_7B)
+    # in a run the adapters' gradients and AdamW's two moments are there as well
+    state = 3 * 4 * sum(p.numel() for p in sd.adapters(chat.model).values())
+    lengths = {
+        "attempts": PROMPT + cfg.max_new_tokens,
+        "critiques": PROMPT + CONTEXT + 2 * cfg.max_new_tokens,
+    }
+    for work, length in lengths.items():
+        for rows in (cfg.sample_batch, cfg.sample_batch // 2, cfg.sample_batch // 4):
+            # the last two tokens: that is where the cache is longest
+            trace = trace_sampling(chat, rows, length - 2, 2, patch)
+            what = f"{work} of {length:,} tokens, --sample-batch {rows}"
+            traced_row(what, trace.peak + state, trace.weights)
+    patch.undo()
+
+
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if sys.argv[1:2] == ["--peak"]:
         print_peak(*json.loads(sys.argv[2]))
+    elif sys.argv[1:] == ["--trace"]:
+        print_trace()
     else:
         torch.set_num_threads(os.cpu_count())
         benchmark()

@@ -43,7 +43,7 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
     """The attempt, corrected; None if no equation of a wrong attempt contradicts the solution."""
     if r.reward:
         return r.text
-    lines = r.problem.solution.split("\n")
+    lines = [line for line in r.problem.solution.split("\n") if EQUATION.search(line)]
     wanted = [read_equation(EQUATION.search(line)) for line in lines]
     for match in EQUATION.finditer(r.text):
         equation = read_equation(match)
