@@ -2066,7 +2066,7 @@ def test_the_readmes_step_by_hand_runs(capsys):
 # of torchrun, vllm, pip and toy/make.py
 OTHER_FLAGS = set(
     "--nproc-per-node --nnodes --rdzv-endpoint --shutdown-timeout --tensor-parallel-size "
-    "--reasoning-parser --max-model-len --check --no-deps".split()
+    "--reasoning-parser --max-model-len --check --no-deps --trace".split()
 )
 
 
