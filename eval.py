@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -838,41 +839,66 @@ def draw_curves(plt, runs: dict):
     return figure
 
 
+COLUMNS = 100  # characters of a line of tokens
+
+
+def plot_tokens(study: Path, names: list[str] | None, out: Path) -> str:
+    """Draw the examples of a token study from its tokens.json; `names`: rows to show, else all."""
+    examples = json.loads((study / "tokens.json").read_text("utf-8"))["examples"]
+    for e in examples:
+        e["rows"] = {n: row for n, row in e["rows"].items() if not names or n in names}
+    draw_advantages(load_pyplot(), examples).savefig(out, dpi=150)
+    return f"wrote {out}"
+
+
 def draw_advantages(plt, examples: list):
-    """The first 60 tokens of each example, one row of coloured cells for each condition."""
-    size = (9, sum(len(e["rows"]) for e in examples) * 1.75 / 3)
-    figure, axes = plt.subplots(
-        len(examples), figsize=size, layout="constrained", squeeze=False
-    )  # fmt: skip
-    for axis, e in zip(axes[:, 0], examples):
-        cells = []
-        for y, row in enumerate(e["rows"].values()):
-            cells.append([shade(a) for a in row["advantage"][:60]])
-            for x, token in enumerate(e["tokens"][:60]):
-                # the name of an end token is too long for its cell
-                is_end = token == e["tokens"][-1] and len(token) > 6
-                label = "end" if is_end else token[:6]
-                axis.text(
-                    x,
-                    y,
-                    label,
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    family="monospace",
-                )
-                if row["advantage"][x] < UNDERLINED:
-                    axis.plot(
-                        [x - 0.3, x + 0.3], [y + 0.33] * 2, color="black", linewidth=1
-                    )
-        axis.imshow(np.array(cells) / 255, aspect="auto")
-        if e["edit"] is not None:
-            axis.axvline(e["edit"] - 0.5, color="black", linewidth=1.5)
-        axis.set_yticks(range(len(cells)), [name.split(" ")[0] for name in e["rows"]])
-        axis.set_xticks([])
-        axis.set_title(title(e), loc="left", fontsize=10)
-        axis.spines[:].set_visible(False)
+    """The examples as running text, once for each context, every token in its colour."""
+    shapes, line = [], 0
+    for e in examples:
+        shapes.append((textwrap.shorten(title(e), 105), 0, line, None, False))
+        line += 1
+        for name, row in e["rows"].items():
+            shapes.append((name.split(" (")[0], -1, line, None, False))
+            for t, (text, x, y) in enumerate(flow(e["tokens"])):
+                shapes.append((text, x, line + y, row["advantage"][t], t == e["edit"]))
+            line += y + 1
+        line += 1
+    figure = plt.figure(figsize=(9, 0.2 * line))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(-12, COLUMNS + 1), ylim=(line - 0.7, -0.7))
+    axis.axis("off")
+    for text, x, y, a, is_edit in shapes:
+        if a is None:  # a title, or the name of a context, which ends where the tokens begin
+            align = "left" if x == 0 else "right"
+            axis.text(x, y, text, ha=align, va="center", fontsize=9)
+            continue
+        colour = np.array(shade(a)) / 255
+        axis.add_patch(plt.Rectangle((x, y - 0.45), len(text), 0.9, color=colour, lw=0))
+        centre = x + len(text) / 2
+        axis.text(
+            centre, y, text, ha="center", va="center", fontsize=9.3, family="monospace"
+        )  # fmt: skip
+        if a < UNDERLINED:
+            axis.plot([x, x + len(text)], [y + 0.4] * 2, color="black", lw=0.8)
+        if is_edit:
+            axis.plot([x, x], [y - 0.5, y + 0.5], color="black", lw=2)
     return figure
+
+
+def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
+    """(text, column, line) of each token, wrapped; a line end is shown and breaks the line."""
+    placed, x, y = [], 0, 0
+    for token in tokens:
+        text = token.replace("\n\n", "\n").replace("\n", "⏎")
+        if token == tokens[-1] and len(token) > 6:
+            text = "end"  # the name of an end token is long
+        if x + len(text) > COLUMNS:
+            x, y = 0, y + 1
+        placed.append((text, x, y))
+        x += len(text)
+        if token.endswith("\n"):
+            x, y = 0, y + 1
+    return placed
 
 
 # ---- 6. Filter, after the paper's: keep what the base solves sometimes, but seldom. --------------
@@ -1182,8 +1208,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--plot",
         action="store_true",
-        help="draw the runs' logs into --out [plot.png]; without runs, the figures in assets/ "
-        "from what --reproduce and --tokens wrote",
+        help="draw the runs' logs into --out [plot.png]; with --tokens RUN, the examples of its "
+        "study; without either, the figures in assets/ from what --reproduce and --tokens wrote",
     )
     add(
         "--preflight",
@@ -1245,19 +1271,20 @@ def run_command(argv: list[str] | None) -> str:
         sd.fail(f"unknown argument {flags[0]}; see --help")
     if args.reproduce:
         return reproduce(Path(args.out or "runs/reproduce"), args.seeds, args.runs)
-    if args.tokens:
-        names = context_names()
-        if args.contexts:
-            names = [name.strip() for name in args.contexts.split(",")]
-        for name in set(names) - set(context_names()):
-            sd.fail(f"argument --contexts: {name!r} is not one of {', '.join(context_names())}")
-        count, samples = args.problems or 50, args.samples or 4
-        return study_tokens(args.tokens, count, samples, args.critic, names)
+    names = args.contexts.split(",") if args.contexts else None
+    if args.plot and args.tokens:
+        return plot_tokens(Path(args.tokens), names, Path(args.out or "advantage.png"))
     if args.plot and args.runs:
         return plot_runs(args.runs, Path(args.out or "plot.png"))
     if args.plot:
         out = Path(args.out or "assets")
         return plot_results(Path("runs/reproduce"), Path("runs/critique"), out)
+    if args.tokens:
+        names = names or context_names()
+        for name in set(names) - set(context_names()):
+            sd.fail(f"argument --contexts: {name!r} is not one of {', '.join(context_names())}")
+        count, samples = args.problems or 50, args.samples or 4
+        return study_tokens(args.tokens, count, samples, args.critic, names)
     if args.filter:
         out = Path(args.out or "hard.jsonl")
         return filter_pool(args.filter, out, args.below, args.samples or 16, args.runs)
