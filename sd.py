@@ -792,7 +792,7 @@ def fused_loss(
     grad_z = head.new_empty(min(chunk, N), len(head))
     log_p = torch.empty_like(grad_z, dtype=torch.float32)
     log_q = torch.empty_like(log_p)
-    eighth = math.ceil(chunk / 8)
+    few_rows = math.ceil(chunk / 16)
     for start in range(0, N, chunk):
         rows = slice(start, start + chunk)
         n = len(ids[rows])
@@ -801,9 +801,9 @@ def fused_loss(
         if h_teacher is not None:
             # second matmul: the teacher's logits
             log_probs(h_teacher[rows], head, temperature, out=log_q[:n])
-        # a loss makes some more tensors as large as its arguments: an eighth of the chunk at a time
-        for first in range(0, n, eighth):
-            few = slice(first, min(first + eighth, n))
+        # a loss makes some more tensors as large as its arguments: a few rows at a time
+        for first in range(0, n, few_rows):
+            few = slice(first, min(first + few_rows, n))
             value[rows][few], grad_z[few] = loss(
                 log_p[few], log_q[few], ids[rows][few], advantage[rows][few]
             )
