@@ -1142,7 +1142,9 @@ def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> li
     elif failed > n / 2:
         critique = f"the critic fails on {failed} of {n} attempts: {stronger}"
     elif wrong and copied > len(wrong) / 2:
-        critique = f"the critic copies {copied} of {len(wrong)} wrong attempts unchanged: {stronger}"
+        critique = (
+            f"the critic copies {copied} of {len(wrong)} wrong attempts unchanged: {stronger}"
+        )
     elif wrong and reached < len(wrong) / 2:
         critique = f"the critic corrects {reached} of {len(wrong)} wrong attempts: {stronger}"
     else:

@@ -2489,8 +2489,8 @@ def test_the_control_never_gets_its_own_critique(svamp, samples):
 
 # ---- Benchmark: python test_sd.py. ---------------------------------------------------------------
 #
-# Times are ratios of jobs that take turns in this very process, the median of 3 or more rounds. Peak
-# memory is measured in a process of its own for each job.
+# Times are ratios of jobs that take turns in this very process, the median of 3 or more rounds.
+# Peak memory is measured in a process of its own for each job.
 
 SHAPES = [((2048, 576, 49_152), 128), ((512, 2048, 151_936), 64)]  # (N, H, V), chunk
 
