@@ -1043,9 +1043,7 @@ def critic_rows(rollouts, critiques, tokens: int, cfg: sd.Config) -> list:
             whole.append(copies_whole(critique, r))
         else:
             corrected.append(reaches_answer(critique, r, cfg))
-        attempted = FORMATS[cfg.prompts].find_steps(r.text)
-        for step in FORMATS[cfg.prompts].find_steps(critique or ""):
-            steps.append(step in attempted)
+        steps += sd.copied_steps(r.text, critique or "", cfg)
     failed = [critique is None for critique in critiques]
     return [
         ["critic: failed (empty, cut off, malformed)", *share(failed)],

@@ -951,6 +951,7 @@ def train(cfg: Config) -> None:
         print_closing(run)
     if cfg.export:
         export(run)
+    all_sum(0)  # a barrier: no process ends while rank 0 still writes
 
 
 # ==================================================================================================
@@ -1598,13 +1599,10 @@ def measure(rollouts: list[Rollout], critic_tokens: int, cfg: Config) -> dict[st
     asks_critic = CONDITIONS[cfg.condition].asks_critic
     n, tokens = len(rollouts), sum(len(r.sample.ids) for r in rollouts)
     scored = [r for r in rollouts if r.teacher_prompt or not cfg.has_teacher]
-    # how many of the critiques' steps stand word for word in the attempt
-    steps, copied = 0, 0
-    for r in scored if asks_critic else []:
-        attempted = FORMATS[cfg.prompts].find_steps(r.text)
-        for step in FORMATS[cfg.prompts].find_steps(r.context):
-            steps += 1
-            copied += step in attempted
+    copied = []
+    if asks_critic:
+        for r in scored:
+            copied += copied_steps(r.text, r.context, cfg)
     # binary rewards: an advantage is 0 only where all rewards of its group are equal
     flat = 0 if cfg.has_teacher else sum(r.advantage == 0 for r in rollouts)
     return {
@@ -1615,11 +1613,18 @@ def measure(rollouts: list[Rollout], critic_tokens: int, cfg: Config) -> dict[st
         "scored": len(scored),
         "scored_tokens": sum(len(r.scored_ids) for r in scored),
         "critic_failed": n - len(scored) if asks_critic else 0,
-        "copied": copied / max(1, steps),
+        "copied": sum(copied) / max(1, len(copied)),
         "zero_variance": flat / n,
         "solver_tokens": tokens,
         "critic_tokens": all_sum(critic_tokens),
     }
+
+
+def copied_steps(text: str, critique: str, cfg: Config) -> list[bool]:
+    """For each step of a critique, whether it stands word for word in the attempt."""
+    find_steps = FORMATS[cfg.prompts].find_steps
+    attempted = find_steps(text)
+    return [step in attempted for step in find_steps(critique)]
 
 
 @contextlib.contextmanager
@@ -1696,7 +1701,7 @@ def print_step(run: Run, entry: dict, rollouts: list[Rollout]) -> None:
             f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are "
             f"left out ({printable(reason)})"
         )
-    if rollouts and cfg.show_every and (m["step"] == 1 or m["step"] % cfg.show_every == 0):
+    if rollouts and cfg.show_every and (m["step"] == 1 or is_due(m["step"], cfg.show_every)):
         wrong = [r for r in rollouts if not r.reward]
         print_example(run.chat, (wrong or rollouts)[0], cfg)
 
