@@ -42,6 +42,7 @@ vocabulary. The prompts are in critic_prompts.py; tables and figures are made by
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -979,6 +980,8 @@ def start_processes() -> None:
         backend = "cpu:gloo,cuda:nccl"
     # a process may have to wait for another one's whole rollout
     dist.init_process_group(backend, timeout=timedelta(hours=2))
+    # leave in order: an exit with the group open can end in an abort
+    atexit.register(dist.destroy_process_group)
     # one process prints; errors still reach everyone's stderr
     if rank():
         sys.stdout = open(os.devnull, "w")
