@@ -2446,6 +2446,10 @@ SCRIPTED = [
     ("plain", "Pens: 3 \\text{ pens} * 2 dollars = 6.\n\n", "6 + 5 = 12, so \\boxed{12}"),
     ("steps", "<step_1>3 * 2 = 6</step_1>\n<step_2>", "6 - 5 = 1</step_2>\n<answer>1</answer>"),
     ("plain", "First, ", "3 + 2 = 5, then 5 + 5 = 10: \\boxed{10}"),
+    ("steps", "<step_1>3 * 2 = 6</step_1>\n", "6 - 5 = 1\n<answer>1</answer>"),
+    # no equation: the number from nowhere, then the answer, in its whole sentence
+    ("plain", "1. There are 3 pens.\n2. See step 9. ", "They cost 17 dollars: \\boxed{5}"),
+    ("plain", "Pens cost 3 * 2 = 6. ", "That makes \\boxed{6}."),
 ]
 
 
@@ -2456,20 +2460,22 @@ def test_the_scripted_critic_corrects_from_the_first_wrong_equation(svamp, promp
     critique = svamp.correct(r, config(prompts=prompts))
     assert critique.startswith(copied)
     assert wrong not in critique
-    prompt_format = critic_prompts.FORMATS[prompts]
-    assert "6 + 5 = 11" in " ".join(prompt_format.find_steps(critique))
-    assert prompt_format.extract_trace(critique) == critique
+    assert "6 + 5 = 11" in critique
+    assert critique.count("<step_1>") == critique.count("</step_1>")
+    assert critic_prompts.FORMATS[prompts].extract_trace(critique) == critique
     assert sd.is_correct(critique, SHOP.answer, "exact")
 
 
 def test_the_scripted_critic_leaves_alone_what_it_cannot_correct(svamp):
-    """Fails if a right attempt is changed, or a wrong one gets a critique that contradicts none of
-    its equations."""
+    """Fails if a right attempt is changed, if a finished one without an answer gets none, or if one
+    that was cut off before any error is called wrong."""
     right = replace(answered("I see 5 * 5 = 9. \\boxed{11}", 1.0), problem=SHOP)
     assert svamp.correct(right, config()) == right.text
-    for text in ("It is \\boxed{3}", "3 * 2 = 6, 6 + 5 = 11, so \\boxed{3}", ""):
-        wrong = replace(answered(text, 0.0), problem=SHOP)
-        assert svamp.correct(wrong, config()) is None
+    unfinished = replace(answered("3 * 2 = 6, 6 + 5 = 11.", 0.0), problem=SHOP)
+    critique = svamp.correct(unfinished, config(prompts="plain"))
+    assert critique.startswith(unfinished.text) and critique.count("\\boxed{11}") == 1
+    cut = replace(unfinished, sample=unfinished.sample._replace(truncated=True))
+    assert svamp.correct(cut, config(prompts="plain")) is None
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -2479,8 +2485,10 @@ def test_the_control_never_gets_its_own_critique(svamp, samples):
     for number, name in enumerate("abcd"):
         problem = SHOP._replace(question=name)
         for _ in range(samples):
-            reward = float(number != 2)
-            rollouts.append(replace(answered(f"{name}: nothing", reward), problem=problem))
+            r = replace(answered(f"{name}: nothing", float(number != 2)), problem=problem)
+            # the third has no critique
+            r.sample = r.sample._replace(truncated=number == 2)
+            rollouts.append(r)
     critiques, _ = svamp.write_shuffled(rollouts, None, config(prompts="plain"))
     assert len(critiques) == len(rollouts) and critiques.count(None) == samples
     for r, critique in zip(rollouts, critiques):

@@ -1,9 +1,11 @@
 """A critic that is a program, for word problems whose solution is a list of equations (SVAMP).
 
 It copies an attempt word for word up to the first equation that contradicts the solution, writes
-the right equation in its place, and finishes. So it shows what a faithful critic does to a language
-model, whatever language models of the same size can do as critics. It is also an example of a fork:
-two rows more in the table of conditions, and nothing else changes.
+the right equation in its place, and finishes. Where no equation does, the attempt goes wrong at the
+first number that neither the question nor the solution holds, else at its answer. This shows what a
+faithful critic does to a language model, whatever language models of the same size can do as
+critics. It is also an example of a fork: two rows more in the table of conditions, and nothing else
+changes.
 
   python assets/real/svamp.py sd.py --condition scripted --model FOLDER --data svamp.jsonl …
   python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled
@@ -23,10 +25,12 @@ from critic_prompts import extract_answer  # noqa: E402
 
 NUMBER = r"[$€]?\s*(-?\d[\d,]*(?:\.\d+)?)"
 # a unit may stand behind each number: 3 pens * 2 dollars = 6
-UNIT = r"(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
+UNIT = r"(?:\s*\\,)?(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
 OPERATOR = r"(\+|-|−|–|\*|×|/|÷|\\times|\\div|\\cdot)"
 EQUATION = re.compile(NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER)
 SIGNS = {"−": "-", "–": "-", "×": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/"}
+# numbers that count steps: "2." at the start of a line, "step 2"
+COUNTER = re.compile(r"^\W*\d+[.:)]|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
 
 
 def read_equation(match: re.Match) -> tuple:
@@ -39,23 +43,62 @@ def read_equation(match: re.Match) -> tuple:
     return left, sign, right, result
 
 
+def read_numbers(text: str) -> set[float]:
+    return {float(match[1].replace(",", "")) for match in re.finditer(NUMBER, text)}
+
+
+def find_unknown_number(r: sd.Rollout) -> int | None:
+    """Where the attempt states a number that neither the question nor the solution holds."""
+    known = read_numbers(r.problem.question) | read_numbers(r.problem.solution)
+    counters = [range(*match.span()) for match in COUNTER.finditer(r.text)]
+    for match in re.finditer(NUMBER, r.text):
+        counts_steps = any(match.start(1) in span for span in counters)
+        if not counts_steps and float(match[1].replace(",", "")) not in known:
+            return match.start(1)
+    return None
+
+
 def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
-    """The attempt, corrected; None if no equation of a wrong attempt contradicts the solution."""
+    """The attempt, corrected; None if the program does not see where a wrong attempt goes wrong."""
     if r.reward:
         return r.text
+    wrong, missing = find_first_error(r)
+    if wrong is None and r.sample.truncated:
+        return None
+    if wrong is None:
+        # finished, but without an answer
+        return r.text.rstrip() + ending(r.text, r.problem.answer, cfg)
+    copied = r.text[:wrong]
+    return f"{copied}{missing}.{ending(copied, r.problem.answer, cfg)}"
+
+
+def find_first_error(r: sd.Rollout) -> tuple[int | None, str]:
+    """(where a wrong attempt goes wrong, the solution's equations that it has not shown by then)."""
     lines = [line for line in r.problem.solution.split("\n") if EQUATION.search(line)]
-    wanted = [read_equation(EQUATION.search(line)) for line in lines]
+    equations = [read_equation(EQUATION.search(line)) for line in lines]
+    wrong = None
     for match in EQUATION.finditer(r.text):
         equation = read_equation(match)
-        if equation in wanted:
-            # what has been shown is not needed again
-            position = wanted.index(equation)
-            del wanted[position], lines[position]
-            continue
-        rest = ", ".join(lines) or r.problem.solution.split("\n")[-1]
-        copied = r.text[: match.start(1)]
-        return f"{copied}{rest}.{ending(copied, r.problem.answer, cfg)}"
-    return None
+        if equation not in equations:
+            wrong = match.start(1)
+            break
+        # what has been shown is not needed again
+        position = equations.index(equation)
+        del equations[position], lines[position]
+    missing = ", ".join(lines) or r.problem.solution.split("\n")[-1]
+    if wrong is not None:
+        return wrong, missing
+    # no equation is wrong: the sentence with a number from nowhere, else the one with the answer
+    wrong = find_unknown_number(r)
+    if wrong is None and "\\boxed" in r.text:
+        wrong = r.text.rindex("\\boxed")
+    return None if wrong is None else start_of_sentence(r.text, wrong), missing
+
+
+def start_of_sentence(text: str, position: int) -> int:
+    """Where the sentence or line begins that holds `position`."""
+    ends = [0] + [match.end() for match in re.finditer(r"\n|\. ", text[:position])]
+    return ends[-1]
 
 
 def ending(copied: str, answer: str, cfg: sd.Config) -> str:
@@ -64,8 +107,9 @@ def ending(copied: str, answer: str, cfg: sd.Config) -> str:
     answer = str(int(number)) if number is not None and number.denominator == 1 else answer
     if cfg.prompts == "plain":
         return f"\n\nTherefore, the answer is \\boxed{{{answer}}}."
-    tags = re.findall(r"<(step_\d+)>", copied)
-    end = f"</{tags[-1]}>" if tags else ""
+    # close the step that is open
+    tags = re.findall(r"<(/?step_\d+)>", copied)
+    end = f"</{tags[-1]}>" if tags and not tags[-1].startswith("/") else ""
     return f"{end}\n<answer>{answer}</answer>"
 
 
@@ -81,8 +125,8 @@ def write_shuffled(rollouts, critic, cfg: sd.Config) -> tuple[list, int]:
         others = critiques[i:] + critiques[:i]
         problems = rollouts[i:] + rollouts[:i]
         # the attempts at one problem stand side by side
-        k = next(k for k, other in enumerate(problems) if other.problem != r.problem)
-        shuffled.append(others[k])
+        k = next((k for k, other in enumerate(problems) if other.problem != r.problem), None)
+        shuffled.append(None if k is None else others[k])
     return shuffled, 0
 
 
