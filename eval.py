@@ -328,7 +328,7 @@ def write_named_contexts(
         # a critic is loaded only where one of the contexts needs it
         if name not in sd.CONDITIONS or sd.CONDITIONS[name].asks_critic:
             critic = critic or sd.load_critic(cfg, chat)
-        contexts[name], _ = write(rollouts, critic, styled)
+        contexts[name] = write(rollouts, critic, styled)
     return contexts
 
 
@@ -664,7 +664,7 @@ def test_scores(folders: list, name: str, metric: str) -> np.ndarray:
         if not kept.exists():
             checkpoint = sd.load_checkpoint(folder / name)
             means = mean_scores(attempt_test(checkpoint["config"], checkpoint))
-            sd.write_atomic(kept, json.dumps(means).encode())
+            kept.write_text(json.dumps(means), "utf-8")
         values.append(json.loads(kept.read_text("utf-8"))[metric])
     return np.array(values)
 
@@ -916,7 +916,7 @@ def filter_pool(
     kept = [
         json.dumps(row) + "\n" for key, (_, row) in rows.items() if 0 < avg[key] < below
     ]
-    sd.write_atomic(out, "".join(kept).encode())
+    out.write_text("".join(kept), "utf-8")
     dropped["never solved"] = sum(avg[key] == 0 for key in rows)
     dropped[f"solved {below:g} or more of the time"] = sum(
         avg[key] >= below for key in rows
@@ -975,7 +975,8 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     with sd.timed(seconds, "sample"):
         rollouts = sd.attempt(chat, numbered, cfg, samples, sd.EVAL_SEED)
     with sd.timed(seconds, "critic"):
-        critiques, critic_tokens = sd.write_critiques(rollouts, critic, cfg)
+        critiques = sd.write_critiques(rollouts, critic, cfg)
+        critic_tokens = sum(r.critic_tokens for r in rollouts)
     contexts = {
         "its critique": critiques,
         "the reference": [r.problem.solution for r in rollouts],

@@ -222,6 +222,7 @@ class Rollout:
     text: str
     reward: float  # 1 if right, else 0
     context: str | None = None  # c of eq (1); None: no teacher, or no valid critique
+    critic_tokens: int = 0  # generated for it
     teacher_prompt: list[int] | None = None
     scored_length: int | None = None  # response tokens that are scored; None: all
     advantage: float = 0.0  # eq (3)
@@ -239,9 +240,8 @@ class Chat:
     tokenizer: transformers.PreTrainedTokenizerBase
     end_ids: list[int]  # any of them ends a response; the first one also pads
     window: int  # tokens of prompt and response together
-    max_rows: dict[str, int] = field(
-        default_factory=dict
-    )  # by kind of batch: rows that fit, see out_of_memory
+    # by kind of batch: rows that fit into memory, see halve_rows
+    max_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def head(self) -> Tensor:
@@ -385,21 +385,20 @@ def generate(
     uniforms: float32 in [0, 1), (len(prompts), max_new_tokens). Each row has its own random
     numbers, so up to rounding a sample depends neither on the other rows nor on the batch size. The
     full softmax is drawn from, since the loss scores the full softmax: no top-k and no top-p,
-    whatever the model's generation config says. A batch that does not fit into memory is halved.
+    whatever the model's generation config says.
     """
     # in train mode gradient checkpointing would switch the KV cache off
     chat.model.eval()
     samples = []
-    while len(samples) < len(prompts):
-        size = min(batch_size, chat.max_rows.get(work, batch_size))
-        rows = slice(len(samples), len(samples) + size)
-        own = None if uniforms is None else uniforms[rows]
-        try:
-            samples += generate_batch(chat, prompts[rows], max_new_tokens, own, temperature)
-            continue
-        except torch.OutOfMemoryError:
-            pass  # the exception holds the batch's tensors until this block is left
-        out_of_memory(chat, work, len(prompts[rows]), "--sample-batch")
+
+    def sample_rest(rows: int) -> None:
+        while len(samples) < len(prompts):
+            part = slice(len(samples), len(samples) + rows)
+            numbers = None if uniforms is None else uniforms[part]
+            drawn = generate_batch(chat, prompts[part], max_new_tokens, numbers, temperature)
+            samples.extend(drawn)
+
+    halve_rows(sample_rest, chat, work, min(batch_size, len(prompts)), "--sample-batch")
     return samples
 
 
@@ -542,7 +541,7 @@ class LocalCritic:
 # ---- 6. Conditions: who writes the context c. ----------------------------------------------------
 
 
-def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tuple[list, int]:
+def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> list[str | None]:
     """The critic, who sees problem, attempt and solution: the attempt, corrected.
 
     A reply that is empty, cut off, or without steps and an answer becomes None: half a trace or an
@@ -553,23 +552,23 @@ def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> tup
         solution = r.problem.solution if cfg.critic_sees_reference else None
         messages = prompt_format.critic(r.problem.question, r.text, solution, cfg.critic_style)
         conversations.append(messages)
-    critiques, tokens = [], 0
-    for reply in critic(conversations):
+    critiques = []
+    for r, reply in zip(rollouts, critic(conversations)):
+        r.critic_tokens = reply.tokens
         # without the critic's thinking, and without the words around its trace
         trace = prompt_format.extract_trace(strip_thinking(reply.text or "")[:200_000])
         valid = trace is not None and extract_answer(trace) is not None
         critiques.append(trace if valid else None)
-        tokens += reply.tokens
-    return critiques, tokens
+    return critiques
 
 
-def copy_solutions(rollouts: list[Rollout], critic, cfg: Config) -> tuple[list, int]:
+def copy_solutions(rollouts: list[Rollout], critic, cfg: Config) -> list[str]:
     """The data set: its worked solution, in its author's words."""
-    return [r.problem.solution for r in rollouts], 0
+    return [r.problem.solution for r in rollouts]
 
 
 class Condition(NamedTuple):
-    # of (rollouts, critic, cfg): a context or None for each rollout, and the critic's tokens.
+    # (rollouts, critic, cfg) → a context for each rollout, or None where it cannot be scored.
     # None: there is no teacher, and one binary reward blames or praises all tokens alike, eq (3)
     write: Callable | None
     asks_critic: bool  # else no critic is loaded
@@ -592,18 +591,17 @@ def group_advantages(rewards: list[float], group_size: int) -> list[float]:
     return advantages.reshape(-1).tolist()
 
 
-def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) -> int:
-    """Give each rollout its context, or in grpo its advantage. Returns the critic's tokens."""
+def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) -> None:
+    """Give each rollout its context, or in grpo its advantage."""
     if not cfg.has_teacher:
         advantages = group_advantages([r.reward for r in rollouts], cfg.group_size)
         for r, advantage in zip(rollouts, advantages):
             r.advantage = advantage
-        return 0
+        return
     # here the conditions with a teacher differ, and nowhere else
-    contexts, tokens = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
+    contexts = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
     for r, context in zip(rollouts, contexts):
         r.context = context
-    return tokens
 
 
 # ---- 7. Teacher prompts, and the hidden states of the response. ----------------------------------
@@ -845,7 +843,7 @@ def score(
 def update(
     chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], cfg: Config
 ) -> dict[str, float]:
-    """One optimiser step: {loss, kl (nats a scored token), grad_norm (before the clip)}.
+    """One optimiser step: {loss (mean over scored tokens, nats), grad_norm (before the clip)}.
 
     Raises FloatingPointError, before anything changes, if they are not finite.
     """
@@ -853,31 +851,24 @@ def update(
     # one denominator for all micro-batches and processes
     total = all_sum(sum(len(r.scored_ids) for r in rollouts))
     if total == 0:
-        return {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0}
+        return {"loss": 0.0, "grad_norm": 0.0}
     chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is 0 in both
-    optimizer.zero_grad()
     # Dividing by `total` in the backward pass would underflow in float16. So it is done in two
     # parts: by about 1 in the backward pass, and by a power of two, exactly, in float32 behind it.
     scale = 2.0 ** round(math.log2(total))
-    start, loss_sum = 0, 0.0
-    while start < len(rollouts):
-        rows = min(cfg.micro_batch, chat.max_rows.get("rollouts", cfg.micro_batch))
-        part = rollouts[start : start + rows]
-        h_student = gradient = None  # frees the last micro-batch's
-        try:
-            h_student, value, gradient = score(chat, part, loss, cfg)
+
+    def accumulate(rows: int) -> float:
+        """Add up the gradients, `rows` rollouts at a time. The sum of all tokens' losses."""
+        optimizer.zero_grad()
+        loss_sum = 0.0
+        for start in range(0, len(rollouts), rows):
+            h_student, value, gradient = score(chat, rollouts[start : start + rows], loss, cfg)
             h_student.backward(gradient * (scale / total))
-        except torch.OutOfMemoryError:
-            value = None
-        if value is None:
-            # the gradients may be half written: the step begins again
-            optimizer.zero_grad()
-            start, loss_sum = 0, 0.0
-            h_student = gradient = None
-            out_of_memory(chat, "rollouts", len(part), "--micro-batch")
-            continue
-        loss_sum += value.sum().item()
-        start += len(part)
+            loss_sum += value.sum().item()
+        return loss_sum
+
+    rows = max(1, min(cfg.micro_batch, len(rollouts)))
+    loss_sum = halve_rows(accumulate, chat, "rollouts", rows, "--micro-batch")
     # for the log: the loss a scored token
     mean_loss = all_sum(loss_sum) / total
     weights = list(adapters(chat.model).values())
@@ -888,7 +879,7 @@ def update(
     if not math.isfinite(mean_loss + norm):
         raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm}; nothing was updated")
     optimizer.step()
-    return {"loss": mean_loss, "kl": mean_loss if cfg.has_teacher else 0.0, "grad_norm": norm}
+    return {"loss": mean_loss, "grad_norm": norm}
 
 
 def take_step(run: Run) -> tuple[dict, list[Rollout]]:
@@ -900,7 +891,7 @@ def take_step(run: Run) -> tuple[dict, list[Rollout]]:
     with timed(cost, "sample_s"):
         rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
     with timed(cost, "critic_s"):
-        critic_tokens = write_contexts(rollouts, run.critic, cfg)
+        write_contexts(rollouts, run.critic, cfg)
     with timed(cost, "train_s"):
         scored = prepare(chat, rollouts, cfg)
         losses = update(chat, run.optimizer, scored, cfg)
@@ -909,7 +900,7 @@ def take_step(run: Run) -> tuple[dict, list[Rollout]]:
     run.seen += len(chosen)
     run.seconds.append(sum(cost.values()))
     # from here on nothing changes the model
-    metrics = measure(rollouts, critic_tokens, cfg)
+    metrics = measure(rollouts, cfg)
     cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
     return {"step": run.step, **losses, **metrics, "cost": cost}, rollouts
 
@@ -1050,12 +1041,8 @@ def read_text(row: dict, name: str) -> str:
     # answers are often written as bare numbers
     if type(value) in (int, float):
         value = str(value)
-    if value is None:
-        raise ValueError(f"field {name!r} is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is not text")
-    if not value.strip():
-        raise ValueError(f"field {name!r} is empty")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"field {name!r} is missing, empty or not text")
     value.encode()  # half of a surrogate pair: an error here, not in the tokenizer, hours later
     return value.strip()
 
@@ -1064,25 +1051,25 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """(where, row) of a .json array or .jsonl file; instead of a row, a ValueError for bad JSON."""
     try:
         text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is not data
-        array = json.loads(text) if text.lstrip().startswith("[") else None
+        # one big array, or one object a line; Windows line ends are white space to JSON
+        whole = text.lstrip().startswith("[")
+        rows = json.loads(text) if whole else text.split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give --data a .json or .jsonl file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not UTF-8, or not JSON ({error}); is the file cut off?") from None
-    # one big array
-    if array is not None:
-        for number, row in enumerate(array, 1):
+    for number, row in enumerate(rows, 1):
+        if whole:
             yield f"{path}, row {number}", row
-        return
-    # or one object a line; Windows line ends are white space to JSON
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row = ValueError(f"is not JSON ({error})")
-        yield f"{path}, line {number}", row
+        elif row.strip():
+            yield f"{path}, line {number}", read_json(row)
+
+
+def read_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"is not JSON ({error})")
 
 
 def find_data(name: str) -> Path:
@@ -1287,17 +1274,24 @@ def has_plain_head(chat: Chat) -> bool:
     return torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=tolerance)
 
 
-def out_of_memory(chat: Chat, work: str, rows: int, flag: str) -> None:
-    """So many rows did not fit: from now on half as many, which changes no result."""
-    if rows == 1:
-        raise UserError(
-            f"out of memory with a single row of {work}; lower --max-new-tokens, --kl-chunk or "
-            "--critic-max-new-tokens, or take a smaller model; then add --resume"
-        )
-    chat.max_rows[work] = rows // 2
-    print(f"WARNING: out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}")
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+def halve_rows(job: Callable, chat: Chat, work: str, rows: int, flag: str):
+    """job(rows), begun again with half the rows while memory runs out, which changes no result."""
+    rows = min(rows, chat.max_rows.get(work, rows))
+    while True:
+        try:
+            return job(rows)
+        except torch.OutOfMemoryError:
+            pass  # the exception holds the job's tensors until this block is left
+        if rows == 1:
+            raise UserError(
+                f"out of memory with a single row of {work}; lower --max-new-tokens, --kl-chunk or "
+                "--critic-max-new-tokens, or take a smaller model; then add --resume"
+            )
+        print(f"WARNING: out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}")
+        rows //= 2
+        chat.max_rows[work] = rows
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
 
 def first_line(error: Exception) -> str:
@@ -1447,18 +1441,14 @@ def save_checkpoint(run: Run, name: str) -> None:
             "optimizer": run.optimizer.state_dict(),
             "log_size": Path(run.cfg.out, "log.jsonl").stat().st_size,
         }
-        # serialised in memory first: the file is written in one go
+        # serialised in memory first: on a full disk torch.save raises no OSError
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomic(Path(run.cfg.out, name), buffer.getvalue())
+        partial = Path(run.cfg.out, name + ".tmp")
+        partial.write_bytes(buffer.getvalue())
+        # atomic on one file system
+        os.replace(partial, Path(run.cfg.out, name))
     all_sum(0)  # a barrier: torchrun ends all processes as soon as one of them fails
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    # os.replace is atomic on one file system
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1596,7 +1586,7 @@ def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
     return all_sum(total) / max(1, all_sum(tokens))
 
 
-def measure(rollouts: list[Rollout], critic_tokens: int, cfg: Config) -> dict[str, float]:
+def measure(rollouts: list[Rollout], cfg: Config) -> dict[str, float]:
     """What a step's rollouts show, for the log. The README's glossary explains each name."""
     rollouts = gather(rollouts)
     asks_critic = CONDITIONS[cfg.condition].asks_critic
@@ -1619,7 +1609,7 @@ def measure(rollouts: list[Rollout], critic_tokens: int, cfg: Config) -> dict[st
         "copied": sum(copied) / max(1, len(copied)),
         "zero_variance": flat / n,
         "solver_tokens": tokens,
-        "critic_tokens": all_sum(critic_tokens),
+        "critic_tokens": sum(r.critic_tokens for r in rollouts),
     }
 
 
@@ -1685,7 +1675,7 @@ def print_step(run: Run, entry: dict, rollouts: list[Rollout]) -> None:
         return
     m, cost, cfg = entry, entry["cost"], run.cfg
     print(
-        f"step {m['step']:4d}/{cfg.steps} loss {m['loss']:8.4f} kl {m['kl']:7.4f} "
+        f"step {m['step']:4d}/{cfg.steps} loss {m['loss']:8.4f} "
         f"grad {m['grad_norm']:6.3f} acc {m['accuracy']:4.0%} len {m['length']:6.1f} "
         f"trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} failed {m['critic_failed']:2d} "
         f"copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "

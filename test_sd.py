@@ -389,18 +389,18 @@ def test_no_tokenizer_is_needed_between_sampler_and_loss(chat):
     cfg = config()
     rollouts = rollouts_of(adapt(chat, cfg), cfg)
     mute = sd.Chat(chat.model, None, chat.end_ids, chat.window)
-    assert sd.update(mute, sgd(chat), rollouts, cfg)["kl"] > 0
+    assert sd.update(mute, sgd(chat), rollouts, cfg)["loss"] > 0
 
 
 def test_a_teacher_with_the_students_prompt_has_no_kl_and_no_gradient(chat):
     """Fails if the teacher is not the initial policy: adapter left on, other positions."""
     cfg = config(micro_batch=3)
     rollouts = rollouts_of(adapt(chat, cfg), cfg)
-    assert sd.update(chat, sgd(chat), rollouts, cfg)["kl"] > 0.01
+    assert sd.update(chat, sgd(chat), rollouts, cfg)["loss"] > 0.01
     for r in rollouts:
         r.teacher_prompt = r.prompt
     same = sd.update(chat, sgd(chat), rollouts, cfg)
-    assert same["kl"] == 0.0
+    assert same["loss"] == 0.0
     assert same["grad_norm"] < 1e-6
 
 
@@ -807,11 +807,7 @@ def test_every_condition_trains_and_asks_a_critic_if_it_says_so(
     for entry in entries:
         assert entry["scored"] > 0 and entry["scored_tokens"] > 0
         assert (entry["critic_tokens"] > 0) == condition.asks_critic
-        assert (
-            (entry["kl"] > 0)
-            == (entry["grad_norm"] > 0)
-            == (condition.write is not None)
-        )
+        assert (entry["grad_norm"] > 0) == (condition.write is not None)
 
 
 def test_a_failed_critique_is_left_out_and_counted(chat):
@@ -820,12 +816,12 @@ def test_a_failed_critique_is_left_out_and_counted(chat):
     bad = ["", None, "I cannot help", "####9", "s7+6=3", "<think>s7+6=3####3"]
     cfg = config()
     rollouts = sd.attempt(chat, numbered_problems(8), cfg)
-    tokens = sd.write_contexts(rollouts, ScriptedCritic(TRACE, *bad, thought), cfg)
+    sd.write_contexts(rollouts, ScriptedCritic(TRACE, *bad, thought), cfg)
     scored = sd.prepare(chat, rollouts, cfg)
     assert [r.context for r in rollouts] == [TRACE] + [None] * 6 + [TRACE]
-    assert tokens == 40
     assert scored == [rollouts[0], rollouts[7]]
-    assert sd.measure(rollouts, tokens, cfg)["critic_failed"] == 6
+    metrics = sd.measure(rollouts, cfg)
+    assert (metrics["critic_failed"], metrics["critic_tokens"]) == (6, 40)
 
 
 STEP_TRACE = "<step_1>1 + 1 = 2</step_1>\n<answer>2</answer>"
@@ -929,7 +925,7 @@ def test_a_plain_critique_is_held_against_its_attempt(chat):
     assert critic_prompts.first_edit(chat.decode, ids, attempt) == len(ids)
     r = replace(answered(attempt, 0.0), sample=sd.Sample(ids, False, 0.0), context=PLAIN)
     r.teacher_prompt = [1]
-    assert sd.measure([r], 5, config(prompts="plain"))["copied"] == pytest.approx(1 / 3)
+    assert sd.measure([r], config(prompts="plain"))["copied"] == pytest.approx(1 / 3)
 
 
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
@@ -1389,8 +1385,8 @@ BAD_DATA = [
     ('{"problem": "1', "line 1: is not JSON"),
     ("[1, 2]", "row 1: is not a JSON object"),
     (b"\xff\xfe{}", "not UTF-8"),
-    ('{"problem": "1+1", "answer": "2"}', "'solution' is missing"),
-    (ROW.replace('"2"', "true"), "'answer' is not text"),
+    ('{"problem": "1+1", "answer": "2"}', "'solution' is missing, empty or not text"),
+    (ROW.replace('"2"', "true"), "'answer' is missing, empty or not text"),
     (ROW.replace("s1+1=2####2", ""), "1 without a solution"),
     (ROW + "\n{}", "line 2: field 'question' is missing"),
     ('{"question": "1+1", "answer": "x ####"}', "'#### ANSWER'"),
@@ -2489,7 +2485,7 @@ def test_the_control_never_gets_its_own_critique(svamp, samples):
             # the third has no critique
             r.sample = r.sample._replace(truncated=number == 2)
             rollouts.append(r)
-    critiques, _ = svamp.write_shuffled(rollouts, None, config(prompts="plain"))
+    critiques = svamp.write_shuffled(rollouts, None, config(prompts="plain"))
     assert len(critiques) == len(rollouts) and critiques.count(None) == samples
     for r, critique in zip(rollouts, critiques):
         assert critique is None or critique[0] in "abd".replace(r.problem.question, "")

@@ -418,7 +418,7 @@ def measure(folder: Path) -> list[float]:
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples=4)
     base = percent([r.reward for r in rollouts])
 
-    critiques, _ = sd.write_critiques(rollouts, sd.load_critic(cfg, chat), cfg)
+    critiques = sd.write_critiques(rollouts, sd.load_critic(cfg, chat), cfg)
     right_critiques = []
     for r, critique in zip(rollouts, critiques):
         r.context = critique

@@ -113,13 +113,13 @@ def ending(copied: str, answer: str, cfg: sd.Config) -> str:
     return f"{end}\n<answer>{answer}</answer>"
 
 
-def write_scripted(rollouts, critic, cfg: sd.Config) -> tuple[list, int]:
-    return [correct(r, cfg) for r in rollouts], 0
+def write_scripted(rollouts, critic, cfg: sd.Config) -> list[str | None]:
+    return [correct(r, cfg) for r in rollouts]
 
 
-def write_shuffled(rollouts, critic, cfg: sd.Config) -> tuple[list, int]:
+def write_shuffled(rollouts, critic, cfg: sd.Config) -> list[str | None]:
     """The next problem's critique; None where that has none."""
-    critiques, _ = write_scripted(rollouts, critic, cfg)
+    critiques = write_scripted(rollouts, critic, cfg)
     shuffled = []
     for i, r in enumerate(rollouts):
         others = critiques[i:] + critiques[:i]
@@ -127,7 +127,7 @@ def write_shuffled(rollouts, critic, cfg: sd.Config) -> tuple[list, int]:
         # the attempts at one problem stand side by side
         k = next((k for k, other in enumerate(problems) if other.problem != r.problem), None)
         shuffled.append(None if k is None else others[k])
-    return shuffled, 0
+    return shuffled
 
 
 sd.CONDITIONS["scripted"] = sd.Condition(write_scripted, asks_critic=False)
