@@ -1589,11 +1589,10 @@ def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
 def measure(rollouts: list[Rollout], cfg: Config) -> dict[str, float]:
     """What a step's rollouts show, for the log. The README's glossary explains each name."""
     rollouts = gather(rollouts)
-    asks_critic = CONDITIONS[cfg.condition].asks_critic
     n, tokens = len(rollouts), sum(len(r.sample.ids) for r in rollouts)
     scored = [r for r in rollouts if r.teacher_prompt or not cfg.has_teacher]
     copied = []
-    if asks_critic:
+    if CONDITIONS[cfg.condition].asks_critic:
         for r in scored:
             copied += copied_steps(r.text, r.context, cfg)
     # binary rewards: an advantage is 0 only where all rewards of its group are equal
@@ -1605,7 +1604,7 @@ def measure(rollouts: list[Rollout], cfg: Config) -> dict[str, float]:
         "entropy": sum(r.sample.entropy for r in rollouts) / n,
         "scored": len(scored),
         "scored_tokens": sum(len(r.scored_ids) for r in scored),
-        "critic_failed": n - len(scored) if asks_critic else 0,
+        "critic_failed": n - len(scored),
         "copied": sum(copied) / max(1, len(copied)),
         "zero_variance": flat / n,
         "solver_tokens": tokens,
@@ -1689,10 +1688,10 @@ def print_step(run: Run, entry: dict, rollouts: list[Rollout]) -> None:
             f"{cfg.max_new_tokens}, and most of those count as wrong"
         )
     if 2 * m["critic_failed"] > cfg.attempts_per_step:
-        reason = getattr(run.critic, "last_error", "") or "empty, cut off, or no steps and answer"
+        reason = getattr(run.critic, "last_error", "") or "empty, cut off, no answer, or too long"
         print(
-            f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} critiques failed and are "
-            f"left out ({printable(reason)})"
+            f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} contexts are left out "
+            f"({printable(reason)})"
         )
     if rollouts and cfg.show_every and (m["step"] == 1 or is_due(m["step"], cfg.show_every)):
         wrong = [r for r in rollouts if not r.reward]
