@@ -109,21 +109,15 @@ class Config:
     test_problems: int = knob(100, "problems held out for eval.py", low=1)
     validation_problems: int = knob(50, "problems held out to choose best.pt", low=0)
     skip_bad_rows: bool = knob(False, "count malformed rows of --data instead of stopping")
-    critic: str = knob(
-        "self", "self (adapter off), a model, or http(s)://…/v1[,…] (paper: QwQ-32B)"
-    )
+    critic: str = knob("self", "self (adapter off), a model, or http://…/v1[,…] (paper: QwQ-32B)")
     critic_model: str = knob("", "name of the model behind an http critic")
     critic_sees_reference: bool = knob(True, "show the critic the worked solution (paper: yes)")
     critic_style: str = knob("copy", "copy and correct, quote the error, or omit what is right")
-    critic_max_new_tokens: int = knob(
-        0, "cap of a critique; 0: twice an attempt's (untuned)", low=0
-    )
+    critic_max_new_tokens: int = knob(0, "cap of a critique; 0: twice an attempt's", low=0)
     # the loss
     kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token")
     stop_at_first_edit: bool = knob(False, "score no token past the first corrected one (ours)")
-    teacher_thinking: bool = knob(
-        False, "the teacher's template thinks, the student's not (paper: yes)"
-    )
+    teacher_thinking: bool = knob(False, "the teacher's template thinks (paper: yes)")
     max_prompt_tokens: int = knob(0, "longest teacher prompt; 0: what the window holds", low=0)
     # optimisation
     steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
@@ -140,9 +134,7 @@ class Config:
     sample_batch: int = knob(64, "rows that generate at once; memory, not results", low=1)
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
-    gradient_checkpointing: bool = knob(
-        True, "recompute activations in backward; memory, not results"
-    )
+    gradient_checkpointing: bool = knob(True, "recompute activations; memory, not results")
     dtype: str = knob("auto", "of the frozen weights; auto: bfloat16 on CUDA, else float32")
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
     threads: int = knob(0, "of torch on the CPU; 0: its own choice, all cores", low=0)
@@ -468,11 +460,7 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
 
 
 def attempt(
-    chat: Chat,
-    problems: list[tuple[int, Problem]],
-    cfg: Config,
-    samples: int = 1,
-    seed: int | None = None,
+    chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, samples: int = 1, seed=None
 ) -> list[Rollout]:
     """`samples` attempts at each (number, problem), graded.
 
@@ -520,12 +508,9 @@ class LocalCritic:
         fitting = [prompt for prompt in prompts if len(prompt) <= room]
         with critic_weights(self.chat.model):
             samples = generate(
-                self.chat,
-                fitting,
-                self.max_new_tokens,
-                batch_size=self.batch_size,
-                work="critiques",
-            )
+                self.chat, fitting, self.max_new_tokens,
+                batch_size=self.batch_size, work="critiques",
+            )  # fmt: skip
         replies, samples = [], iter(samples)
         for prompt in prompts:
             if len(prompt) > room:
@@ -648,9 +633,7 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
     # ids in, ids out: a response is never decoded and encoded again
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     ids = pad(rows, chat.end_ids[0], "right").to(chat.model.device)
-    hidden = chat.model.base_model(
-        input_ids=ids, use_cache=False
-    ).last_hidden_state  # (B, width, H)
+    hidden = chat.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     predicting = []
     for states, prompt, response in zip(hidden, prompts, responses):
         # the state at position t predicts token t + 1: the prompt's last state predicts y_1
@@ -832,7 +815,7 @@ def score(
         with torch.no_grad(), weights(chat.model):
             h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
     # one entry a scored token, in the order of the hidden states
-    ids = torch.tensor(sum(responses, []), device=device)  # (N,)
+    ids = torch.tensor([i for r in rollouts for i in r.scored_ids], device=device)  # (N,)
     advantage = torch.tensor([r.advantage for r in rollouts for _ in r.scored_ids], device=device)
     value, gradient = fused_loss(
         h_student, h_teacher, chat.head, ids, advantage, loss, cfg.temperature, cfg.kl_chunk
@@ -1026,9 +1009,7 @@ def read_row(row: object) -> Problem:
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     if "problem" in row:
-        return Problem(
-            read_text(row, "problem"), read_text(row, "solution"), read_text(row, "answer")
-        )
+        return Problem(*(read_text(row, name) for name in ("problem", "solution", "answer")))
     question, worked = read_text(row, "question"), read_text(row, "answer")
     _, mark, answer = worked.rpartition("####")
     if not mark or not answer.strip():
@@ -1831,11 +1812,8 @@ def resumed_config(given: dict) -> Config:
 def check_config(cfg: Config) -> None:
     """UserError for a value that is out of range, or that does not go with another."""
     for knob_field in fields(Config):
-        name, value, low = (
-            knob_field.name,
-            getattr(cfg, knob_field.name),
-            knob_field.metadata["low"],
-        )
+        name, low = knob_field.name, knob_field.metadata["low"]
+        value = getattr(cfg, name)
         flag = "argument --" + name.replace("_", "-")
         if name in CHOICES and value not in CHOICES[name]:
             fail(f"{flag}: {value!r} is not one of {', '.join(CHOICES[name])}")
@@ -1864,25 +1842,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         start_processes()
         cfg = parse_config(argv)
-        print(printable(f"preset {cfg.preset}: {cfg.condition}, model {cfg.model}, "
-                        f"data {cfg.data} → {cfg.out}"))  # fmt: skip
+        opening = f"preset {cfg.preset}: {cfg.condition}, model {cfg.model}, data {cfg.data}"
+        print(printable(f"{opening} → {cfg.out}"))
         train(cfg)
         return 0
     except UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = (
-            130,
-            "stopped; the same command with --resume goes on from the last checkpoint",
-        )
+        code = 130
+        message = "stopped; the same command with --resume goes on from the last checkpoint"
     except torch.OutOfMemoryError:
-        message = (
-            "out of GPU memory; lower --sample-batch, --micro-batch or --kl-chunk, and --resume"
-        )
+        message = "out of memory; lower --sample-batch, --micro-batch or --kl-chunk, and --resume"
     except FloatingPointError as error:
-        message = (
-            f"not finite: {error}. The last checkpoint is finite; train again with a lower --lr"
-        )
+        message = f"not finite: {error}. The last checkpoint is; train again with a lower --lr"
     except OSError as error:  # disk full, folder not writable
         message = f"{error}; a run that had begun goes on with --resume"
     print(f"sd.py: {printable(message)}", file=sys.stderr)
