@@ -242,7 +242,7 @@ def context_names() -> list[str]:
     """The critic's styles, and every condition whose context comes from somewhere else."""
     names = [f"critique ({style})" for style in STYLES]
     for name, condition in sd.CONDITIONS.items():
-        if condition.write not in (None, sd.write_critiques):
+        if condition.has_teacher and condition.write is not sd.write_critiques:
             names.append(name)
     return names
 
@@ -289,7 +289,8 @@ def study_tokens(
 
     # A wrong attempt that was corrected, and a right one that was copied whole. Problems with both
     # outcomes come first, because GRPO learns from no others.
-    grpo, examples = sd.group_advantages([r.reward for r in rollouts], samples), []
+    grpo = sd.group_advantages(rollouts, None, replace(cfg, group_size=samples))
+    examples = []
     for candidates in (places, copied):
         for i in sorted(candidates, key=lambda i: grpo[i] == 0)[:1]:
             shown = {}

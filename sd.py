@@ -151,7 +151,7 @@ class Config:
 
     @property
     def has_teacher(self) -> bool:
-        return CONDITIONS[self.condition].write is not None
+        return CONDITIONS[self.condition].has_teacher
 
     @property
     def attempts_per_problem(self) -> int:
@@ -552,11 +552,21 @@ def copy_solutions(rollouts: list[Rollout], critic, cfg: Config) -> list[str]:
     return [r.problem.solution for r in rollouts]
 
 
+def group_advantages(rollouts: list[Rollout], critic, cfg: Config) -> list[float]:
+    """Eq (3) within the attempts at one problem, which stand side by side."""
+    r = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)  # (problems, G)
+    spread = r.std(1, keepdims=True)
+    # equal rewards carry no signal: 0, not 0 / 0
+    advantages = (r - r.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    return advantages.flatten().tolist()
+
+
 class Condition(NamedTuple):
-    # (rollouts, critic, cfg) → a context for each rollout, or None where it cannot be scored.
-    # None: there is no teacher, and one binary reward blames or praises all tokens alike, eq (3)
-    write: Callable | None
+    # (rollouts, critic, cfg) → for each rollout its context, or None where it cannot be scored;
+    # without a teacher its advantage, one number that blames or praises all of its tokens alike
+    write: Callable
     asks_critic: bool  # else no critic is loaded
+    has_teacher: bool = True
 
 
 # Sampler, denominator, optimiser and evaluation are shared. critique and reference differ in c
@@ -564,29 +574,18 @@ class Condition(NamedTuple):
 CONDITIONS = {
     "critique": Condition(write_critiques, asks_critic=True),
     "reference": Condition(copy_solutions, asks_critic=False),
-    "grpo": Condition(None, asks_critic=False),
+    "grpo": Condition(group_advantages, asks_critic=False, has_teacher=False),
 }
 
 
-def group_advantages(rewards: list[float], group_size: int) -> list[float]:
-    """Eq (3) within consecutive groups. Equal rewards carry no signal: 0, not 0 / 0."""
-    r = np.array(rewards).reshape(-1, group_size)  # (problems, G)
-    spread = r.std(1, keepdims=True)
-    advantages = (r - r.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
-    return advantages.reshape(-1).tolist()
-
-
 def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) -> None:
-    """Give each rollout its context, or in grpo its advantage."""
-    if not cfg.has_teacher:
-        advantages = group_advantages([r.reward for r in rollouts], cfg.group_size)
-        for r, advantage in zip(rollouts, advantages):
-            r.advantage = advantage
-        return
-    # here the conditions with a teacher differ, and nowhere else
-    contexts = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
-    for r, context in zip(rollouts, contexts):
-        r.context = context
+    """Give each rollout its context, or in grpo its advantage. Here the conditions differ."""
+    values = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
+    for r, value in zip(rollouts, values):
+        if cfg.has_teacher:
+            r.context = value
+        else:
+            r.advantage = value
 
 
 # ---- 7. Teacher prompts, and the hidden states of the response. ----------------------------------

@@ -496,11 +496,14 @@ def test_nan_stops_before_the_update(chat, monkeypatch, where):
 
 def test_group_advantages_equal_numbers_worked_by_hand():
     """Eq (3). Fails if groups mix, or std is the sample's (n − 1)."""
+
+    def advantages(rewards: list[float], group_size: int) -> list[float]:
+        rollouts = [answered("", reward) for reward in rewards]
+        return sd.group_advantages(rollouts, None, config(group_size=group_size))
+
     root = math.sqrt(3)
-    assert sd.group_advantages([1, 0, 0, 0, 1, 1], 2) == [1, -1, 0, 0, 0, 0]
-    assert sd.group_advantages([1, 0, 0, 0], 4) == pytest.approx(
-        [root] + [-1 / root] * 3
-    )
+    assert advantages([1, 0, 0, 0, 1, 1], 2) == [1, -1, 0, 0, 0, 0]
+    assert advantages([1, 0, 0, 0], 4) == pytest.approx([root] + [-1 / root] * 3)
 
 
 # ---- LoRA. ---------------------------------------------------------------------------------------
@@ -807,7 +810,7 @@ def test_every_condition_trains_and_asks_a_critic_if_it_says_so(
     for entry in entries:
         assert entry["scored"] > 0 and entry["scored_tokens"] > 0
         assert (entry["critic_tokens"] > 0) == condition.asks_critic
-        assert (entry["grad_norm"] > 0) == (condition.write is not None)
+        assert (entry["grad_norm"] > 0) == condition.has_teacher
 
 
 def test_a_failed_critique_is_left_out_and_counted(chat):
@@ -2255,7 +2258,7 @@ def test_the_token_study_measures_every_context(tmp_path, capsys):
     for style in critic_prompts.STYLES:
         assert f"critique ({style})" in numbers
     for name, condition in sd.CONDITIONS.items():
-        assert name in numbers or condition.write in (None, sd.write_critiques)
+        assert name in numbers or condition.write in (sd.group_advantages, sd.write_critiques)
 
 
 def test_the_token_study_sends_no_key_to_an_address_in_a_file(
