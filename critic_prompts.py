@@ -293,11 +293,8 @@ def plain_trace(reply: str) -> str | None:
 
 # ---- 3. "toy", for the model in toy/: one character is one token, and each step has six. ---------
 
-TOY_MARKS = {
-    "copy": "?",
-    "quote": "!",
-    "omit": "~",
-}  # the toy critic reads a mark instead of instructions
+# the toy critic reads a mark instead of instructions
+TOY_MARKS = {"copy": "?", "quote": "!", "omit": "~"}
 
 
 def toy_student(problem: str) -> list[dict]:
@@ -326,13 +323,11 @@ def toy_trace(reply: str) -> str | None:
 class Format(NamedTuple):
     """One way of talking to a model. The first three make chat messages, the last two read text."""
 
-    student: Callable[[str], list[dict]]  # of problem
-    teacher: Callable[[str, str], list[dict]]  # of problem, context
-    critic: Callable[
-        [str, str, str | None, str], list[dict]
-    ]  # of problem, attempt, solution, style
-    find_steps: Callable[[str], list[str]]  # the steps in a text, in order
-    extract_trace: Callable[[str], str | None]  # the trace in a critic's reply; None if malformed
+    student: Callable  # (problem)
+    teacher: Callable  # (problem, context)
+    critic: Callable  # (problem, attempt, solution or None, style)
+    find_steps: Callable  # (text) → its steps, in order
+    extract_trace: Callable  # (critic's reply) → the trace in it, or None if it is malformed
 
 
 FORMATS = {
