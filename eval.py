@@ -535,7 +535,7 @@ ARMS = {
     ],
 }  # fmt: skip
 
-SWEEP = (0.5, 1.0, 2.0)  # times the preset's learning rate
+SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the preset's learning rate
 
 # the fields of a config that do not shape a run's numbers
 FREE_FIELDS = {
