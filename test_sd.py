@@ -2494,6 +2494,129 @@ def test_the_control_never_gets_its_own_critique(svamp, samples):
         assert critique is None or critique[0] in "abd".replace(r.problem.question, "")
 
 
+# ---- Another fork: toy/critic_study.py. ----------------------------------------------------------
+
+
+@pytest.fixture
+def critic_study(monkeypatch):
+    """The study, reduced to three kinds of error; what it adds to sd.py leaves with the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sd, "write_contexts", sd.write_contexts)
+    monkeypatch.setattr(evaluation, "ARMS", dict(evaluation.ARMS))
+    rows = dict(sd.CONDITIONS)
+    spec = importlib.util.spec_from_file_location("critic_study", TOY / "critic_study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kept = ("wrong value", "reference, wrong", "grpo, flipped")
+    for table in ("KINDS", "LINES"):
+        every = getattr(module, table)
+        monkeypatch.setattr(module, table, {name: every[name] for name in kept})
+    monkeypatch.setattr(module, "SHARES", (50, 100))
+    monkeypatch.setattr(module, "PROBLEMS", 12)
+    yield module
+    for name in sd.CONDITIONS.keys() - rows:
+        del sd.CONDITIONS[name]
+
+
+def test_the_critic_study_trains_every_arm_once(critic_study, tmp_path, monkeypatch, capsys):
+    """Fails if an arm is left out of table or figure, or a second call trains or draws anew."""
+    pytest.importorskip("matplotlib")
+    sizes = dict(preset="toy", steps=2, test_problems=4, validation_problems=2, eval_samples=2)
+    sizes |= dict(attempts_per_step=4, group_size=2)
+    assets = tmp_path / "assets"
+    own = ["--seeds", "1", "--out", str(tmp_path / "runs"), "--assets", str(assets), "--"]
+    assert critic_study.main(own + as_flags(sizes)) == 0
+    tables = (assets / "critic_study.md").read_text()
+    for arm in ("critique", "reference", "wrong value 50", "wrong value 100"):
+        assert f"| {arm} |" in tables
+    for kind in critic_study.KINDS:
+        assert f"| {kind} |" in tables
+        for share in critic_study.SHARES:
+            (run,) = (tmp_path / "runs").glob(f"{'-'.join(kind.replace(',', '').split())}-{share}-*")
+            assert sd.load_checkpoint(run / "checkpoint.pt")["state"]["step"] == 2
+    figure = (assets / "critic_study.svg").read_bytes()
+    assert len(figure) > 1000
+    monkeypatch.setattr(sd, "train", lambda cfg: pytest.fail("trained again"))
+    assert critic_study.main(own + as_flags(sizes)) == 0
+    assert (assets / "critic_study.md").read_text() == tables
+    assert (assets / "critic_study.svg").read_bytes() == figure
+    # matplotlib is missing
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    capsys.readouterr()
+    assert critic_study.main(own + as_flags(sizes)) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def chain(text: str, question: str = "7+6*3+4+1+1*2") -> sd.Rollout:
+    """An attempt at a toy problem; its right values are 3 9 3 4 5 0."""
+    problem = sd.Problem(question, "h6+7=3h3*3=9h4+9=3h1+3=4h1+4=5h2*5=0####0", "0")
+    right = text.endswith("####0")
+    return sd.Rollout(problem, [], sd.Sample([0], False, 0.0), text, float(right))
+
+
+RIGHT = "s7+6=3t3*3=9s9+4=3s3+1=4s1+4=5s5*2=0####0"
+WRONG = "s7+6=3t3*3=6s6+4=0s0+1=1s1+1=2s2*2=4####4"
+
+
+def test_an_error_of_the_study_is_the_one_that_it_is_named_after(critic_study):
+    """Fails if an error is no error, stands in another step, is the attempt's own, or what follows
+    is not worked out from it in the attempt's wording."""
+    right, wrong = chain(RIGHT), chain(WRONG)
+    assert critic_study.first_wrong_step(right) == 6 and critic_study.first_wrong_step(wrong) == 1
+    first = critic_study.pick_first
+    # the right value is 9, and the next one 0
+    fixed = "s7+6=3t3*3=0s0+4=4s4+1=5s5+1=6s6*2=2####2"
+    assert critic_study.wrong_value(wrong, first) == fixed
+    assert critic_study.wrong_value(right, first) is None
+    assert critic_study.wrong_place(wrong, first).startswith("s7+6=4t4*3=2")
+    assert critic_study.error_missed(wrong, first) == WRONG
+    assert critic_study.right_attempt_spoilt(wrong, first) is None
+    # the swapped operands of the right attempt's fifth step are kept
+    assert critic_study.right_attempt_spoilt(right, first)[24:30] == "s1+7=8"
+    assert critic_study.wrong_solution(wrong, first).startswith("h6+7=4h4*3=2h4+2=6")
+    for number in range(50):
+        pick = random.Random(number).choice
+        values = critic_study.read_values(critic_study.wrong_value(wrong, pick))
+        assert values[0] == 3 and values[1] not in (9, 6)
+        values = critic_study.read_values(critic_study.wrong_place(wrong, pick))
+        assert values[1] == 6 or values[0] != 3
+        values = critic_study.read_values(critic_study.wrong_place(right, pick))
+        assert values != [3, 9, 3, 4, 5, 0]
+
+
+def test_the_study_spoils_the_share_that_it_says(critic_study):
+    """Fails if a share spoils nothing or everything, or if two shares spoil different attempts."""
+    critic_study.add_rows()
+    cfg = config()
+    rollouts = [chain(WRONG) for _ in range(400)]
+    solution = rollouts[0].problem.solution
+    spoilt = {}
+    for share in (50, 100):
+        contexts = sd.CONDITIONS[f"reference, wrong {share}"].write(rollouts, None, cfg)
+        spoilt[share] = {i for i, context in enumerate(contexts) if context != solution}
+    assert 160 < len(spoilt[50]) < 240 and len(spoilt[100]) == 400
+    assert len(set(contexts)) > 10
+    # the same share of the rewards, and only for the advantages
+    cfg = config(condition="grpo, flipped 100", group_size=2)
+    group = [chain(RIGHT), chain(WRONG)]
+    sd.write_contexts(group, None, cfg)
+    assert [r.advantage for r in group] == [-1, 1] and [r.reward for r in group] == [1, 0]
+    sd.write_contexts(group, None, config(condition="grpo", group_size=2))
+    assert [r.advantage for r in group] == [1, -1]
+
+
+def test_what_the_study_sees_before_training(critic_study):
+    """Fails if blame or log-ratio are read at the wrong token, or a sign is wrong."""
+    critic_study.add_rows()
+    looks = critic_study.look_at_all(["critique", "wrong value 100"], sd.parse_config(["--preset", "toy"]))
+    true, spoilt = looks["critique"], looks["wrong value 100"]
+    # the true critique puts nearly all blame on the first wrong step, and pulls to the right value
+    assert true[critic_study.BLAME][0] > 80 and true[critic_study.RIGHT][0] == 100
+    assert true["right value"][0] > 0.5 > 0 > true["A of its value"][0]
+    assert true["pull to the right value"][0] > 0.5
+    assert spoilt[critic_study.RIGHT][0] < 50 and spoilt["right value"][0] < true["right value"][0]
+
+
 # ---- Benchmark: python test_sd.py. ---------------------------------------------------------------
 #
 # Times are ratios of jobs that take turns in this very process, the median of 3 or more rounds.
