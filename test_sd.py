@@ -2501,7 +2501,6 @@ def test_the_control_never_gets_its_own_critique(svamp, samples):
 def critic_study(monkeypatch):
     """The study, reduced to three kinds of error; what it adds to sd.py leaves with the test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sd, "write_contexts", sd.write_contexts)
     monkeypatch.setattr(evaluation, "ARMS", dict(evaluation.ARMS))
     rows = dict(sd.CONDITIONS)
     spec = importlib.util.spec_from_file_location("critic_study", TOY / "critic_study.py")

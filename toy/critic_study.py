@@ -26,6 +26,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def pick_first(choices: list):
 
 class Kind(NamedTuple):
     base: str  # the condition without errors
-    spoil: Callable | None  # (rollout, pick) → context, or None: the true one stays
+    spoil: Callable | None = None  # (rollout, pick) → context, or None: the true one stays
     fixed: bool = False
 
 
@@ -129,7 +130,7 @@ KINDS = {
     "another problem": Kind("critique", another_problem),
     "answer only": Kind("critique", answer_only),
     "reference, wrong": Kind("reference", wrong_solution),
-    "grpo, flipped": Kind("grpo", None),
+    "grpo, flipped": Kind("grpo"),
 }
 SHARES = (25, 50, 75, 100)  # %
 
@@ -157,19 +158,15 @@ def spoilt_writer(kind: Kind, share: int) -> Callable:
     return write
 
 
-true_write_contexts = sd.write_contexts
+def flipped_writer(share: int) -> Callable:
+    def write(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> list[float]:
+        judged = []
+        for i, r in enumerate(rollouts):
+            spoilt, _ = draw(i, r, share, cfg)
+            judged.append(replace(r, reward=1 - r.reward) if spoilt else r)
+        return sd.group_advantages(judged, critic, cfg)
 
-
-def write_contexts(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> None:
-    """sd.py's, but in "grpo, flipped" it sees flipped rewards. The log keeps the true ones."""
-    kind, _, share = cfg.condition.rpartition(" ")
-    rewards = [r.reward for r in rollouts]
-    for i, r in enumerate(rollouts):
-        if kind == "grpo, flipped" and draw(i, r, int(share), cfg)[0]:
-            r.reward = 1 - r.reward
-    true_write_contexts(rollouts, critic, cfg)
-    for r, reward in zip(rollouts, rewards):
-        r.reward = reward
+    return write
 
 
 def arm_name(kind: str, share: int) -> str:
@@ -182,11 +179,11 @@ def add_rows() -> list[str]:
     for name, kind in KINDS.items():
         for share in SHARES:
             arm = arm_name(name, share)
-            write = spoilt_writer(kind, share) if kind.spoil else None
-            sd.CONDITIONS[arm] = sd.Condition(write, sd.CONDITIONS[kind.base].asks_critic)
+            base = sd.CONDITIONS[kind.base]
+            write = spoilt_writer(kind, share) if base.has_teacher else flipped_writer(share)
+            sd.CONDITIONS[arm] = base._replace(write=write)
             evaluation.ARMS[arm] = ["--condition", arm]
             arms.append(arm)
-    sd.write_contexts = write_contexts  # no table has a row for the reward
     return arms
 
 
@@ -262,7 +259,7 @@ def look_at_all(arms: list[str], cfg: sd.Config) -> dict[str, dict]:
     rollouts = [r for r in attempts if len(find_steps(r.text)) == LENGTH]
     looks = {}
     for arm in sd.progress(arms, desc="before training"):
-        if sd.CONDITIONS[arm].write:
+        if sd.CONDITIONS[arm].has_teacher:
             looks[arm] = look(arm, chat, rollouts, critic, cfg)
     return looks
 
