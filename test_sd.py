@@ -2506,10 +2506,12 @@ def critic_study(monkeypatch):
     spec = importlib.util.spec_from_file_location("critic_study", TOY / "critic_study.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    kept = ("wrong value", "reference, wrong", "grpo, flipped")
-    for table in ("KINDS", "LINES"):
-        every = getattr(module, table)
-        monkeypatch.setattr(module, table, {name: every[name] for name in kept})
+    kinds, lines = {}, {}
+    for name in ("wrong value", "reference, wrong", "grpo, flipped"):
+        kinds[name] = module.KINDS[name]._replace(shares=(50, 100))
+        lines[name] = module.LINES[name]
+    monkeypatch.setattr(module, "KINDS", kinds)
+    monkeypatch.setattr(module, "LINES", lines)
     monkeypatch.setattr(module, "SHARES", (50, 100))
     monkeypatch.setattr(module, "PROBLEMS", 12)
     yield module
@@ -2568,6 +2570,8 @@ def test_an_error_of_the_study_is_the_one_that_it_is_named_after(critic_study):
     assert critic_study.wrong_value(wrong, first) == fixed
     assert critic_study.wrong_value(right, first) is None
     assert critic_study.wrong_place(wrong, first).startswith("s7+6=4t4*3=2")
+    assert critic_study.wrong_place(right, first) is None
+    assert critic_study.wrong_value_all(wrong, first) == fixed
     assert critic_study.error_missed(wrong, first) == WRONG
     assert critic_study.right_attempt_spoilt(wrong, first) is None
     # the swapped operands of the right attempt's fifth step are kept
@@ -2579,8 +2583,8 @@ def test_an_error_of_the_study_is_the_one_that_it_is_named_after(critic_study):
         assert values[0] == 3 and values[1] not in (9, 6)
         values = critic_study.read_values(critic_study.wrong_place(wrong, pick))
         assert values[1] == 6 or values[0] != 3
-        values = critic_study.read_values(critic_study.wrong_place(right, pick))
-        assert values != [3, 9, 3, 4, 5, 0]
+        for kind in (critic_study.right_attempt_spoilt, critic_study.wrong_place_all):
+            assert critic_study.read_values(kind(right, pick)) != [3, 9, 3, 4, 5, 0]
 
 
 def test_the_study_spoils_the_share_that_it_says(critic_study):
@@ -2607,13 +2611,15 @@ def test_the_study_spoils_the_share_that_it_says(critic_study):
 def test_what_the_study_sees_before_training(critic_study):
     """Fails if blame or log-ratio are read at the wrong token, or a sign is wrong."""
     critic_study.add_rows()
-    looks = critic_study.look_at_all(["critique", "wrong value 100"], sd.parse_config(["--preset", "toy"]))
+    cfg = sd.parse_config(["--preset", "toy"])
+    looks = critic_study.look_at_all(["critique", "wrong value 100"], cfg)
     true, spoilt = looks["critique"], looks["wrong value 100"]
     # the true critique puts nearly all blame on the first wrong step, and pulls to the right value
     assert true[critic_study.BLAME][0] > 80 and true[critic_study.RIGHT][0] == 100
-    assert true["right value"][0] > 0.5 > 0 > true["A of its value"][0]
-    assert true["pull to the right value"][0] > 0.5
-    assert spoilt[critic_study.RIGHT][0] < 50 and spoilt["right value"][0] < true["right value"][0]
+    assert true["log-ratio of the right value"][0] > 0.5 > 0 > true["A of the drawn value"][0]
+    assert true[critic_study.PULL][0] > 2 * spoilt[critic_study.PULL][0] > 0
+    assert spoilt[critic_study.RIGHT][0] < 50
+
 
 
 # ---- Benchmark: python test_sd.py. ---------------------------------------------------------------

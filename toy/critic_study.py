@@ -1,28 +1,30 @@
-"""What must a critic get right? Contexts and rewards are spoilt, and what they still teach is seen.
+"""What must a critic get right? Contexts are spoilt on purpose; what they still teach is measured.
 
-It is also the example of a fork: it adds rows to the table of conditions and changes nothing else.
-A share of the attempts gets a spoilt context. Where an error is not possible, the true context
+It is also the example of a fork: rows are added to sd.py's table of conditions, and nothing else
+changes. Each row spoils a share of the contexts. Where its error is not possible, the true context
 stays. A step is wrong if its value is not the problem's value at that place.
 
-  wrong value           a wrong attempt is corrected at its first wrong step, to another wrong value
-  wrong place           an attempt, right or wrong, is changed in a step that is not its first wrong
-  …, fixed              no chance: right value + 1 each time, and the first step that is possible
-  right attempt spoilt  a right attempt gets a wrong value in some step
-  error missed          a wrong attempt is copied unchanged
+  wrong value           in wrong attempts: the first wrong step gets another wrong value
+  wrong place           in wrong attempts: another step than that gets a wrong value
+  error missed          in wrong attempts: nothing is changed, the attempt is copied
+  right attempt spoilt  in right attempts: some step gets a wrong value
+  …, all                in all attempts: it is combined with "right attempt spoilt"
+  …, fixed              not at random: always right value + 1, and the first step that is possible
   another problem       the critique of another problem
   answer only           the right answer without steps
-  reference, wrong      the data set's solution, with a wrong value in some step
-  grpo, flipped         the reward of a right attempt is 0, and that of a wrong one is 1
+  reference, wrong      the data set's solution, in which some step gets a wrong value
+  grpo, flipped         no context: reward 0 for a right attempt, and 1 for a wrong one
 
 What follows a wrong value is worked out from it. All arms train at the preset's learning rate.
 
-  python toy/critic_study.py --seeds 5       half an hour on one core; goes on where it was stopped
+  python toy/critic_study.py --seeds 5     50 minutes on one core; goes on where it was stopped
 """
 
 import argparse
 import contextlib
 import io
 import itertools
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -43,7 +45,7 @@ language = make.ToyLanguage(seed=0)
 find_steps = sd.FORMATS["toy"].find_steps
 LENGTH, STEP = language.LENGTH, make.STEP  # steps of an attempt, tokens of a step
 
-# ---- 1. Errors. Each takes a rollout, and a way to pick from a list. -----------------------------
+# ---- 1. Errors: (rollout, how to pick from a list) → the spoilt context, None if not possible. ---
 
 
 def read_values(text: str) -> list[int]:
@@ -64,32 +66,42 @@ def wording(r: sd.Rollout, text: str) -> list[make.Phrasing]:
 
 
 def change(r: sd.Rollout, text: str, place: int, pick: Callable) -> str:
-    """`text` up to that step, then a wrong value that is new, and the rest worked out from it."""
-    operations, values = make.operations(r.problem.question), read_values(text)
-    before = values[place - 1] if place else int(r.problem.question[0])
-    right = make.apply(operations[place], before)
+    """The text up to that step, a wrong value that is not its own, and what follows from it."""
+    question, values = r.problem.question, read_values(text)
+    before = values[place - 1] if place else int(question[0])
+    right = make.apply(make.operations(question)[place], before)
     others = [(right + distance) % 10 for distance in range(1, 10)]
     wrong = pick([value for value in others if value != values[place]])
-    changed = language.values(r.problem.question, start=[*values[:place], wrong])
-    return make.trace(r.problem.question, changed, wording(r, text))
+    changed = language.values(question, start=[*values[:place], wrong])
+    return make.trace(question, changed, wording(r, text))
 
 
 def wrong_value(r: sd.Rollout, pick: Callable) -> str | None:
     place = first_wrong_step(r)
-    return None if place == LENGTH else change(r, r.text, place, pick)
+    return change(r, r.text, place, pick) if place < LENGTH else None
 
 
-def wrong_place(r: sd.Rollout, pick: Callable) -> str:
-    places = [place for place in range(LENGTH) if place != first_wrong_step(r)]
-    return change(r, r.text, pick(places), pick)
-
-
-def right_attempt_spoilt(r: sd.Rollout, pick: Callable) -> str | None:
-    return wrong_place(r, pick) if first_wrong_step(r) == LENGTH else None
+def wrong_place(r: sd.Rollout, pick: Callable) -> str | None:
+    wrong = first_wrong_step(r)
+    places = [place for place in range(LENGTH) if place != wrong]
+    return change(r, r.text, pick(places), pick) if wrong < LENGTH else None
 
 
 def error_missed(r: sd.Rollout, pick: Callable) -> str:
     return r.text
+
+
+def right_attempt_spoilt(r: sd.Rollout, pick: Callable) -> str | None:
+    is_right = first_wrong_step(r) == LENGTH
+    return change(r, r.text, pick(range(LENGTH)), pick) if is_right else None
+
+
+def wrong_value_all(r: sd.Rollout, pick: Callable) -> str:
+    return wrong_value(r, pick) or right_attempt_spoilt(r, pick)
+
+
+def wrong_place_all(r: sd.Rollout, pick: Callable) -> str:
+    return wrong_place(r, pick) or right_attempt_spoilt(r, pick)
 
 
 def another_problem(r: sd.Rollout, pick: Callable) -> str:
@@ -113,33 +125,38 @@ def pick_first(choices: list):
 
 # ---- 2. Rows for the table of conditions. --------------------------------------------------------
 
+SHARES = (25, 50, 75, 100)  # of the attempts, %
+
 
 class Kind(NamedTuple):
     base: str  # the condition without errors
-    spoil: Callable | None = None  # (rollout, pick) → context, or None: the true one stays
+    spoil: Callable | None = None  # None: rewards are flipped instead
     fixed: bool = False
+    shares: tuple[int, ...] = SHARES
 
 
 KINDS = {
     "wrong value": Kind("critique", wrong_value),
-    "wrong place": Kind("critique", wrong_place),
     "wrong value, fixed": Kind("critique", wrong_value, fixed=True),
-    "wrong place, fixed": Kind("critique", wrong_place, fixed=True),
-    "right attempt spoilt": Kind("critique", right_attempt_spoilt),
+    "wrong place": Kind("critique", wrong_place),
     "error missed": Kind("critique", error_missed),
-    "another problem": Kind("critique", another_problem),
-    "answer only": Kind("critique", answer_only),
+    "right attempt spoilt": Kind("critique", right_attempt_spoilt),
+    "wrong value, all": Kind("critique", wrong_value_all),
+    "wrong value, all, fixed": Kind("critique", wrong_value_all, fixed=True),
+    "wrong place, all": Kind("critique", wrong_place_all),
+    "wrong place, all, fixed": Kind("critique", wrong_place_all, fixed=True),
+    "another problem": Kind("critique", another_problem, shares=(100,)),
+    "answer only": Kind("critique", answer_only, shares=(100,)),
     "reference, wrong": Kind("reference", wrong_solution),
     "grpo, flipped": Kind("grpo"),
 }
-SHARES = (25, 50, 75, 100)  # %
 
 
 def draw(i: int, r: sd.Rollout, share: int, cfg: sd.Config) -> tuple[bool, random.Random]:
-    """Whether attempt i of a step gets an error, and the random numbers of the error.
+    """Whether attempt i of a step is spoilt, and the random numbers for its error.
 
-    They follow from seed, place and problem: a run that was stopped goes on alike, and what is
-    spoilt at one share is spoilt at every larger one.
+    They follow from seed, place and problem: a run that was stopped goes on alike, and a problem
+    that is spoilt at one share is spoilt at every larger one.
     """
     rng = random.Random(f"{cfg.seed} {i} {r.problem.question}")
     well_formed = len(find_steps(r.text)) == LENGTH
@@ -158,13 +175,13 @@ def spoilt_writer(kind: Kind, share: int) -> Callable:
     return write
 
 
-def flipped_writer(share: int) -> Callable:
+def flipped_writer(kind: Kind, share: int) -> Callable:
     def write(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> list[float]:
         judged = []
         for i, r in enumerate(rollouts):
             spoilt, _ = draw(i, r, share, cfg)
             judged.append(replace(r, reward=1 - r.reward) if spoilt else r)
-        return sd.group_advantages(judged, critic, cfg)
+        return sd.CONDITIONS[kind.base].write(judged, critic, cfg)
 
     return write
 
@@ -174,14 +191,13 @@ def arm_name(kind: str, share: int) -> str:
 
 
 def add_rows() -> list[str]:
-    """All arms. They become rows of sd.py's table of conditions, and of eval.py's table of arms."""
+    """All arms: rows of sd.py's table of conditions, and of eval.py's table of arms."""
     arms = ["critique", "reference", "grpo"]
     for name, kind in KINDS.items():
-        for share in SHARES:
+        for share in kind.shares:
             arm = arm_name(name, share)
-            base = sd.CONDITIONS[kind.base]
-            write = spoilt_writer(kind, share) if base.has_teacher else flipped_writer(share)
-            sd.CONDITIONS[arm] = base._replace(write=write)
+            write = spoilt_writer(kind, share) if kind.spoil else flipped_writer(kind, share)
+            sd.CONDITIONS[arm] = sd.CONDITIONS[kind.base]._replace(write=write)
             evaluation.ARMS[arm] = ["--condition", arm]
             arms.append(arm)
     return arms
@@ -190,64 +206,70 @@ def add_rows() -> list[str]:
 # ---- 3. Before training: what a context does to attempts of the base. ----------------------------
 
 PROBLEMS = 300  # training problems, with one attempt at each
-RIGHT, GAP, BLAME = "right answers", "preflight gap", "blame on the first wrong step"
+RIGHT, GAP, BLAME = "right answers, %", "preflight gap, points", "blame on the first wrong step, %"
+PULL = "pull to right values"
 
 
 @torch.no_grad()
-def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dict[str, tuple]:
-    """Each number with its text. Blame is negative A, of right and wrong attempts, summed.
+def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, float]:
+    """What its context does to an attempt, nats; nan where the attempt has no wrong step.
 
-    Log-ratios, teacher to student, are those of the values that could stand in the first wrong
-    step. The pull is −∂D/∂z of eq (4). There is no adapter yet: only the prompts differ.
+    Blame is negative A. The pull is −∂D/∂z of eq (4) at the right value, summed over the steps up
+    to and with the first wrong one. Values, drawn or not, are those of the first wrong step.
     """
+    log_probs = []
+    # there is no adapter yet: student and teacher differ in their prompts alone
+    for prompt in (r.prompt, r.teacher_prompt):
+        hidden = sd.response_hidden(chat, [prompt], [r.sample.ids])
+        log_probs.append(sd.log_probs(hidden, chat.head, cfg.temperature))  # (T, V)
+    log_p, log_q = log_probs
+    a = sd.of_drawn(log_q - log_p, torch.tensor(r.sample.ids))  # (T,), eq (2)
+    _, gradient = sd.kl_student_teacher(log_p, log_q, None, None)
+    # a token is a character; the last one of each step is its value
+    values = slice(STEP - 1, STEP * LENGTH, STEP)
+    digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
+    right = torch.tensor(language.values(r.problem.question))[:, None]
+    pull = -gradient[values, digits].gather(1, right)[:, 0]  # (LENGTH,)
+    place = first_wrong_step(r)
+    row = dict.fromkeys(("drawn", "elsewhere", "right value", "rivals"), math.nan)
+    row |= {"answer": sd.is_correct(r.context, r.problem.answer, cfg.grader)}
+    row |= {"blame": -a.clamp(max=0).sum(), "pull": pull[: place + 1].sum(), "on step": 0.0}
+    if place < LENGTH:
+        step = a[STEP * place : STEP * (place + 1)]
+        ratios = (log_q - log_p)[values, digits][place]  # (10,)
+        row["on step"] = -step.clamp(max=0).sum()
+        row["drawn"] = step[-1]
+        row["elsewhere"] = (a.sum() - step.sum()) / (len(a) - STEP)
+        row["right value"] = ratios[right[place]]
+        row["rivals"] = (ratios.sum() - row["right value"] - row["drawn"]) / 8
+    return {name: float(number) for name, number in row.items()}
+
+
+def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dict[str, tuple]:
+    """The numbers of an arm, each with its text."""
     contexts = sd.CONDITIONS[arm].write(rollouts, critic, cfg)
     _, (gap, low, high) = evaluation.teacher_row(chat, rollouts, contexts, 1, cfg)
     for r, context in zip(rollouts, contexts):
         r.context = context
-    digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
-    of_all, of_wrong = [], []
-    for r in sd.prepare(chat, rollouts, cfg):
-        log_p = response_log_probs(chat, r.prompt, r, cfg)  # (T, V)
-        log_q = response_log_probs(chat, r.teacher_prompt, r, cfg)
-        a = sd.of_drawn(log_q - log_p, torch.tensor(r.sample.ids))  # (T,), eq (2)
-        blame = -a.clamp(max=0)
-        place = first_wrong_step(r)
-        step = slice(STEP * place, STEP * (place + 1))  # a token is a character
-        on_step = 100 * blame[step].sum() if place < LENGTH else 0
-        is_right = sd.is_correct(r.context, r.problem.answer, cfg.grader)
-        of_all.append((100 * is_right, blame.sum(), on_step))
-        if place < LENGTH:
-            value = step.stop - 1
-            right = language.values(r.problem.question)[place]
-            ratios = (log_q - log_p)[value, digits]  # (10,)
-            rivals = (ratios.sum() - ratios[right] - a[value]) / 8
-            elsewhere = (a.sum() - a[step].sum()) / (len(a) - STEP)
-            _, gradient = sd.kl_student_teacher(log_p, log_q, None, None)
-            pull = -gradient[value, digits[right]]
-            of_wrong.append((a[value], elsewhere, ratios[right], rivals, pull))
-    is_right, blame, on_step = np.array(of_all, float).T
-    drawn, elsewhere, right, rivals, pull = np.array(of_wrong, float).T
+    rows = [measure(chat, r, cfg) for r in sd.prepare(chat, rollouts, cfg)]
+    seen = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return {
-        RIGHT: number(is_right),
+        RIGHT: ratio(100 * seen["answer"]),
         GAP: (100 * gap, f"{100 * gap:.2f} [{100 * low:.2f}, {100 * high:.2f}]"),
-        BLAME: number(on_step, blame),
-        "A of its value": number(drawn),
-        "A of other steps": number(elsewhere),
-        "right value": number(right),
-        "other eight": number(rivals),
-        "pull to the right value": number(pull),
+        BLAME: ratio(100 * seen["on step"], seen["blame"]),
+        PULL: ratio(seen["pull"]),
+        "A of the drawn value": ratio(seen["drawn"]),
+        "A of the other steps": ratio(seen["elsewhere"]),
+        "log-ratio of the right value": ratio(seen["right value"]),
+        "of the other eight": ratio(seen["rivals"]),
     }
 
 
-def number(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, str]:
-    """Σ top / Σ bottom, and its text with the bootstrap interval over problems."""
-    ratio = top.sum() / np.broadcast_to(bottom, top.shape).sum()
-    return ratio, evaluation.cell(top, bottom, scale=1, digits=2)
-
-
-def response_log_probs(chat: sd.Chat, prompt: list[int], r: sd.Rollout, cfg: sd.Config):
-    hidden = sd.response_hidden(chat, [prompt], [r.sample.ids])
-    return sd.log_probs(hidden, chat.head, cfg.temperature)
+def ratio(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, str]:
+    """Σ top / Σ bottom without nan, and its text with the bootstrap interval over problems."""
+    known = ~np.isnan(top)
+    top, bottom = top[known], np.broadcast_to(bottom, top.shape)[known]
+    return top.sum() / bottom.sum(), evaluation.cell(top, bottom, scale=1, digits=2)
 
 
 def look_at_all(arms: list[str], cfg: sd.Config) -> dict[str, dict]:
@@ -267,25 +289,26 @@ def look_at_all(arms: list[str], cfg: sd.Config) -> dict[str, dict]:
 # ---- 4. Training, tables, figure. ----------------------------------------------------------------
 
 
-def train_all(
-    arms: list[str], root: Path, seeds: int, flags: list[str], lr: float
-) -> dict[str, np.ndarray]:
+def train_all(arms: list[str], root: Path, seeds: int, flags: list[str]) -> dict[str, np.ndarray]:
     """Avg of each arm on the test problems, (seeds,). A run that is finished in `root` is read."""
+    cfg = sd.parse_config(flags)
+    flags = [*flags, "--eval-every", str(cfg.steps)]  # accuracy on the way is not needed
     avg = {arm: [] for arm in arms}
     runs = list(itertools.product(range(seeds), arms))
     for seed, arm in sd.progress(runs, desc="runs", unit="run"):
-        with contextlib.redirect_stdout(io.StringIO()):  # a line a run would break the bar
-            folder = evaluation.train_once(root, arm, lr, seed, flags)
+        with contextlib.redirect_stdout(io.StringIO()):  # a line for each run would break the bar
+            folder = evaluation.train_once(root, arm, cfg.lr, seed, flags)
         avg[arm] += evaluation.test_scores([folder], "checkpoint.pt", "Avg").tolist()
     return {arm: np.array(values) for arm, values in avg.items()}
 
 
 def shares_table(avg: dict[str, np.ndarray], k: int) -> str:
     rows = []
-    for kind in KINDS:
-        rows.append([kind])
+    for name, kind in KINDS.items():
+        rows.append([name])
         for share in (0, *SHARES):
-            rows[-1].append(evaluation.over_seeds(avg[arm_name(kind, share)]))
+            trained = share in (0, *kind.shares)
+            rows[-1].append(evaluation.over_seeds(avg[arm_name(name, share)]) if trained else "")
     shares = [f"{share} %" for share in (0, *SHARES)]
     return evaluation.markdown([f"Avg@{k} by share of errors", *shares], rows)
 
@@ -295,7 +318,7 @@ def looks_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
     for arm, numbers in looks.items():
         texts = [text for _, text in numbers.values()]
         rows.append([arm, evaluation.over_seeds(gains[arm]), *texts])
-    return evaluation.markdown(["", "gain", *next(iter(looks.values()))], rows)
+    return evaluation.markdown(["", "gain", *numbers], rows)
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
@@ -304,9 +327,9 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 def correlations_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
-    """Over the arms, for each seed; then the mean over seeds."""
+    """Over arms, for each seed; then the mean over seeds."""
     rows = []
-    for name in next(iter(looks.values())):
+    for name in looks["critique"]:
         x = np.array([numbers[name][0] for numbers in looks.values()])
         spearman, pearson = [], []
         for y in np.array([gains[arm] for arm in looks]).T:
@@ -318,7 +341,14 @@ def correlations_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> 
     return evaluation.markdown(["gain against", "Spearman", "Pearson"], rows)
 
 
-LINES = {"wrong value": "o", "wrong place": "s", "reference, wrong": "D", "grpo, flipped": "v"}
+# the kinds that are drawn as lines, with their markers
+LINES = {
+    "wrong value": "o",
+    "wrong value, all": "s",
+    "wrong place, all": "^",
+    "reference, wrong": "D",
+    "grpo, flipped": "v",
+}
 
 
 def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
@@ -331,13 +361,16 @@ def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
     axes[0, 0].legend(frameon=False)
     for axis, name in zip(axes.flat[1:], (RIGHT, BLAME, GAP)):
         for arm, numbers in looks.items():
-            colour = evaluation.COLOURS[2 if arm.startswith("reference") else 0]
-            draw_points(axis, [numbers[name][0]], [gains[arm]], marker="o", color=colour)
-        axis.set_xlabel(name + ", %")
+            reads_reference = arm.startswith("reference")
+            colour = evaluation.COLOURS[3 if reads_reference else 0]
+            marker = "D" if reads_reference else "o"
+            draw_points(axis, [numbers[name][0]], [gains[arm]], marker=marker, color=colour)
+        axis.set_xlabel(name)
     for axis in axes.flat:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylabel("gain, points")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("gain over the base, points")
     return figure
 
 
@@ -349,31 +382,32 @@ def draw_points(axis, x, ys: list[np.ndarray], **style) -> None:
 
 
 def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
+    """Train, measure, and write critic_study.md and critic_study.svg. Returns the tables."""
     plt = evaluation.load_pyplot()  # if it is missing, that is said before the training
     cfg = sd.parse_config(flags)
     arms = add_rows()
-    avg = train_all(arms, root, seeds, [*flags, "--eval-every", str(cfg.steps)], cfg.lr)
+    avg = train_all(arms, root, seeds, flags)
     looks = look_at_all(arms, cfg)
     groups = evaluation.attempt_test(cfg)
     base = evaluation.mean_scores(groups)["Avg"]
     gains = {arm: values - base for arm, values in avg.items()}
-    text = "\n\n".join([
+    heading = (
         f"{len(groups)} test problems × {cfg.eval_samples} attempts; the base: {100 * base:.1f}. "
-        f"Seeds 0–{seeds - 1}, {cfg.steps} steps, lr {cfg.lr:g}; mean ± half of the 95 % t interval "
-        "over seeds.",
-        shares_table(avg, cfg.eval_samples),
-        f"Before training, {PROBLEMS} attempts of the base; 95 % bootstrap intervals over problems.",
-        looks_table(looks, gains),
-        correlations_table(looks, gains),
-    ])  # fmt: skip
+        f"Seeds 0–{seeds - 1}, {cfg.steps} steps of {cfg.attempts_per_step} attempts, lr "
+        f"{cfg.lr:g}; mean ± half of the 95 % t interval over seeds"
+    )
+    before = f"before training, {PROBLEMS} attempts; 95 % bootstrap intervals over problems; nats"
+    parts = [heading, shares_table(avg, cfg.eval_samples), before, looks_table(looks, gains)]
+    text = "\n\n".join([*parts, correlations_table(looks, gains)]) + "\n"
     assets.mkdir(parents=True, exist_ok=True)
-    (assets / "critic_study.md").write_text(text + "\n", "utf-8")
+    (assets / "critic_study.md").write_text(text, "utf-8")
     draw_figure(plt, looks, gains).savefig(assets / "critic_study.svg", metadata={"Date": None})
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=evaluation.positive, default=5)
     parser.add_argument("--out", type=Path, default="runs/critic_study", help="folder of the runs")
     parser.add_argument("--assets", type=Path, default="assets", help="folder of table and figure")
@@ -383,8 +417,11 @@ def main(argv: list[str] | None = None) -> int:
         print(study(args.out, args.assets, args.seeds, args.flags or ["--preset", "toy"]))
         return 0
     except sd.UserError as error:
-        print(f"critic_study.py: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped; the same command goes on"
+    print(f"critic_study.py: {sd.printable(message)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
