@@ -2614,10 +2614,11 @@ def test_what_the_study_sees_before_training(critic_study):
     cfg = sd.parse_config(["--preset", "toy"])
     looks = critic_study.look_at_all(["critique", "wrong value 100"], cfg)
     true, spoilt = looks["critique"], looks["wrong value 100"]
-    # the true critique puts nearly all blame on the first wrong step, and pulls to the right value
+    # the true critique puts nearly all blame on the first wrong step, and wants the right value
     assert true[critic_study.BLAME][0] > 80 and true[critic_study.RIGHT][0] == 100
-    assert true["log-ratio of the right value"][0] > 0.5 > 0 > true["A of the drawn value"][0]
-    assert true[critic_study.PULL][0] > 2 * spoilt[critic_study.PULL][0] > 0
+    assert true["log-ratio of the right value"][0] > 0.5 > 0 > true["A of the first wrong value"][0]
+    # both copy right attempts, and the teacher is surer of them than the student
+    assert true[critic_study.PRAISE][0] == spoilt[critic_study.PRAISE][0] > 0.5
     assert spoilt[critic_study.RIGHT][0] < 50
 
 

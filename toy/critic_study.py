@@ -206,42 +206,41 @@ def add_rows() -> list[str]:
 # ---- 3. Before training: what a context does to attempts of the base. ----------------------------
 
 PROBLEMS = 300  # training problems, with one attempt at each
-RIGHT, GAP, BLAME = "right answers, %", "preflight gap, points", "blame on the first wrong step, %"
-PULL = "pull to right values"
+RIGHT, GAP = "right answers, %", "preflight gap, points"
+BLAME, PRAISE = "blame on the first wrong step, %", "A of a right attempt's values, nats"
 
 
 @torch.no_grad()
 def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, float]:
-    """What its context does to an attempt, nats; nan where the attempt has no wrong step.
+    """What its context does to an attempt, nats; nan where that is not defined.
 
-    Blame is negative A. The pull is −∂D/∂z of eq (4) at the right value, summed over the steps up
-    to and with the first wrong one. Values, drawn or not, are those of the first wrong step.
+    Blame is negative A. "drawn", "right" and "rivals" are log-ratios, teacher to student, of the
+    drawn value of the first wrong step, of the right one, and the mean of the other eight.
     """
     log_probs = []
     # there is no adapter yet: student and teacher differ in their prompts alone
     for prompt in (r.prompt, r.teacher_prompt):
         hidden = sd.response_hidden(chat, [prompt], [r.sample.ids])
         log_probs.append(sd.log_probs(hidden, chat.head, cfg.temperature))  # (T, V)
-    log_p, log_q = log_probs
-    a = sd.of_drawn(log_q - log_p, torch.tensor(r.sample.ids))  # (T,), eq (2)
-    _, gradient = sd.kl_student_teacher(log_p, log_q, None, None)
+    log_ratio = log_probs[1] - log_probs[0]
+    a = sd.of_drawn(log_ratio, torch.tensor(r.sample.ids))  # (T,), eq (2)
+    row = dict.fromkeys(("praise", "drawn", "right", "rivals", "elsewhere"), math.nan)
+    row["answer"] = sd.is_correct(r.context, r.problem.answer, cfg.grader)
+    row["blame"] = -a.clamp(max=0).sum()
     # a token is a character; the last one of each step is its value
     values = slice(STEP - 1, STEP * LENGTH, STEP)
-    digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
-    right = torch.tensor(language.values(r.problem.question))[:, None]
-    pull = -gradient[values, digits].gather(1, right)[:, 0]  # (LENGTH,)
     place = first_wrong_step(r)
-    row = dict.fromkeys(("drawn", "elsewhere", "right value", "rivals"), math.nan)
-    row |= {"answer": sd.is_correct(r.context, r.problem.answer, cfg.grader)}
-    row |= {"blame": -a.clamp(max=0).sum(), "pull": pull[: place + 1].sum(), "on step": 0.0}
-    if place < LENGTH:
-        step = a[STEP * place : STEP * (place + 1)]
-        ratios = (log_q - log_p)[values, digits][place]  # (10,)
-        row["on step"] = -step.clamp(max=0).sum()
+    step = a[STEP * place : STEP * (place + 1)] if place < LENGTH else a[:0]
+    row["on step"] = -step.clamp(max=0).sum()
+    if place == LENGTH:
+        row["praise"] = a[values].sum()
+    else:
+        digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
+        ratios = log_ratio[values, digits][place]  # (10,)
         row["drawn"] = step[-1]
+        row["right"] = ratios[language.values(r.problem.question)[place]]
+        row["rivals"] = (ratios.sum() - row["right"] - row["drawn"]) / 8
         row["elsewhere"] = (a.sum() - step.sum()) / (len(a) - STEP)
-        row["right value"] = ratios[right[place]]
-        row["rivals"] = (ratios.sum() - row["right value"] - row["drawn"]) / 8
     return {name: float(number) for name, number in row.items()}
 
 
@@ -257,11 +256,11 @@ def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dic
         RIGHT: ratio(100 * seen["answer"]),
         GAP: (100 * gap, f"{100 * gap:.2f} [{100 * low:.2f}, {100 * high:.2f}]"),
         BLAME: ratio(100 * seen["on step"], seen["blame"]),
-        PULL: ratio(seen["pull"]),
-        "A of the drawn value": ratio(seen["drawn"]),
-        "A of the other steps": ratio(seen["elsewhere"]),
-        "log-ratio of the right value": ratio(seen["right value"]),
+        PRAISE: ratio(seen["praise"]),
+        "A of the first wrong value": ratio(seen["drawn"]),
+        "log-ratio of the right value": ratio(seen["right"]),
         "of the other eight": ratio(seen["rivals"]),
+        "A of other steps": ratio(seen["elsewhere"]),
     }
 
 
@@ -352,25 +351,29 @@ LINES = {
 
 
 def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
-    """Gain against the share of errors, and against three numbers that are known beforehand."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharey=True, layout="constrained")
+    """Gain against the share of errors, and against four numbers that are known beforehand."""
+    figure, axes = plt.subplot_mosaic(
+        [["shares", RIGHT, BLAME], ["shares", GAP, PRAISE]],
+        figsize=(10, 5), width_ratios=(1.4, 1, 1), sharey=True, layout="constrained",
+    )  # fmt: skip
     for (kind, marker), colour in zip(LINES.items(), evaluation.COLOURS):
         ys = [gains[arm_name(kind, share)] for share in (0, *SHARES)]
-        draw_points(axes[0, 0], (0, *SHARES), ys, marker=marker, color=colour, label=kind)
-    axes[0, 0].set_xlabel("share of errors, %")
-    axes[0, 0].legend(frameon=False)
-    for axis, name in zip(axes.flat[1:], (RIGHT, BLAME, GAP)):
-        for arm, numbers in looks.items():
-            reads_reference = arm.startswith("reference")
-            colour = evaluation.COLOURS[3 if reads_reference else 0]
-            marker = "D" if reads_reference else "o"
-            draw_points(axis, [numbers[name][0]], [gains[arm]], marker=marker, color=colour)
-        axis.set_xlabel(name)
-    for axis in axes.flat:
+        draw_points(axes["shares"], (0, *SHARES), ys, marker=marker, color=colour, label=kind)
+    axes["shares"].set(xlabel="share of errors, %", ylabel="gain over the base, points")
+    axes["shares"].legend(frameon=False)
+    bases = {"critique": ("o", evaluation.COLOURS[2]), "reference": ("D", evaluation.COLOURS[3])}
+    for base, (marker, colour) in bases.items():
+        arms = [arm for arm in looks if arm.startswith("reference") == (base == "reference")]
+        ys = [gains[arm] for arm in arms]
+        style = dict(marker=marker, color=colour, linestyle="none", label=f"every arm of {base}")
+        for name in (RIGHT, BLAME, GAP, PRAISE):
+            draw_points(axes[name], [looks[arm][name][0] for arm in arms], ys, **style)
+            axes[name].set_xlabel(name)
+    axes[PRAISE].legend(frameon=False, fontsize=8, loc="center right")
+    for axis in axes.values():
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("gain over the base, points")
+        axis.tick_params(labelleft=True)
     return figure
 
 
