@@ -301,15 +301,15 @@ def train_all(arms: list[str], root: Path, seeds: int, flags: list[str]) -> dict
     return {arm: np.array(values) for arm, values in avg.items()}
 
 
-def shares_table(avg: dict[str, np.ndarray], k: int) -> str:
+def shares_table(title: str, values: dict[str, np.ndarray]) -> str:
     rows = []
-    for name, kind in KINDS.items():
-        rows.append([name])
+    for kind in KINDS:
+        rows.append([kind])
         for share in (0, *SHARES):
-            trained = share in (0, *kind.shares)
-            rows[-1].append(evaluation.over_seeds(avg[arm_name(name, share)]) if trained else "")
+            arm = arm_name(kind, share)
+            rows[-1].append(evaluation.over_seeds(values[arm]) if arm in values else "")
     shares = [f"{share} %" for share in (0, *SHARES)]
-    return evaluation.markdown([f"Avg@{k} by share of errors", *shares], rows)
+    return evaluation.markdown([title, *shares], rows)
 
 
 def looks_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
@@ -399,9 +399,20 @@ def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
         f"Seeds 0–{seeds - 1}, {cfg.steps} steps of {cfg.attempts_per_step} attempts, lr "
         f"{cfg.lr:g}; mean ± half of the 95 % t interval over seeds"
     )
-    before = f"before training, {PROBLEMS} attempts; 95 % bootstrap intervals over problems; nats"
-    parts = [heading, shares_table(avg, cfg.eval_samples), before, looks_table(looks, gains)]
-    text = "\n\n".join([*parts, correlations_table(looks, gains)]) + "\n"
+    changes = {}
+    for kind, share in itertools.product(KINDS, SHARES):
+        arm = arm_name(kind, share)
+        if arm in avg:
+            changes[arm] = avg[arm] - avg[KINDS[kind].base]
+    text = "\n\n".join([
+        heading,
+        shares_table(f"Avg@{cfg.eval_samples} by share of errors", avg),
+        shares_table("change against 0 %, paired by seed", changes),
+        f"before training, the well-formed of {PROBLEMS} attempts; 95 % bootstrap intervals over "
+        "problems; nats",
+        looks_table(looks, gains),
+        correlations_table(looks, gains),
+    ]) + "\n"  # fmt: skip
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "critic_study.md").write_text(text, "utf-8")
     draw_figure(plt, looks, gains).savefig(assets / "critic_study.svg", metadata={"Date": None})
