@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import eval as evaluation  # noqa: E402
 import sd  # noqa: E402
-from critic_prompts import extract_answer  # noqa: E402
 
 NUMBER = r"[$€]?\s*(-?\d[\d,]*(?:\.\d+)?)"
 # a unit may stand behind each number: 3 pens * 2 dollars = 6
@@ -33,29 +32,33 @@ SIGNS = {"−": "-", "–": "-", "×": "*", "\\times": "*", "\\cdot": "*", "÷":
 COUNTER = re.compile(r"^\W*\d+[.:)]|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
 
 
+def as_float(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
 def read_equation(match: re.Match) -> tuple:
     """(left, sign, right, result), with the smaller number first where the order is free."""
-    left, sign, right, result = match.groups()
-    left, right, result = (float(number.replace(",", "")) for number in (left, right, result))
-    sign = SIGNS.get(sign, sign)
+    left, right, result = as_float(match[1]), as_float(match[3]), as_float(match[4])
+    sign = SIGNS.get(match[2], match[2])
     if sign in "+*" and left > right:
         left, right = right, left
     return left, sign, right, result
 
 
-def read_numbers(text: str) -> set[float]:
-    return {float(match[1].replace(",", "")) for match in re.finditer(NUMBER, text)}
-
-
 def find_unknown_number(r: sd.Rollout) -> int | None:
     """Where the attempt states a number that neither the question nor the solution holds."""
-    known = read_numbers(r.problem.question) | read_numbers(r.problem.solution)
-    counters = [range(*match.span()) for match in COUNTER.finditer(r.text)]
-    for match in re.finditer(NUMBER, r.text):
-        counts_steps = any(match.start(1) in span for span in counters)
-        if not counts_steps and float(match[1].replace(",", "")) not in known:
+    known = set()
+    for match in re.finditer(NUMBER, f"{r.problem.question}\n{r.problem.solution}"):
+        known.add(as_float(match[1]))
+    for match in re.finditer(NUMBER, COUNTER.sub(blank, r.text)):
+        if as_float(match[1]) not in known:
             return match.start(1)
     return None
+
+
+def blank(match: re.Match) -> str:
+    """As many spaces: every other character stays where it is."""
+    return " " * len(match[0])
 
 
 def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
@@ -73,7 +76,7 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
 
 
 def find_first_error(r: sd.Rollout) -> tuple[int | None, str]:
-    """(where a wrong attempt goes wrong, the solution's equations that it has not shown by then)."""
+    """(where a wrong attempt goes wrong, the solution's equations that are still missing there)."""
     lines = [line for line in r.problem.solution.split("\n") if EQUATION.search(line)]
     equations = [read_equation(EQUATION.search(line)) for line in lines]
     wrong = None
