@@ -369,7 +369,7 @@ def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
         for name in (RIGHT, BLAME, GAP, PRAISE):
             draw_points(axes[name], [looks[arm][name][0] for arm in arms], ys, **style)
             axes[name].set_xlabel(name)
-    axes[PRAISE].legend(frameon=False, fontsize=8, loc="center right")
+    axes[RIGHT].legend(frameon=False, fontsize=8, loc=(0.4, 0.2))
     for axis in axes.values():
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
