@@ -121,9 +121,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
     """Half of the 95 % t interval of the mean over the first axis, the seeds."""
     n = len(values)
     if n == 1:
-        return np.full(
-            values.shape[1:], math.nan
-        )  # one seed says nothing about the spread
+        return np.full(values.shape[1:], math.nan)  # one seed says nothing about the spread
     # more than 9 seeds take the t of 10, which is slightly too wide for them
     return T_975.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n)
 
@@ -139,14 +137,7 @@ def markdown(head: list[str], rows: list) -> str:
 
 def headings(k: int) -> list[str]:
     """The names of METRICS in a table."""
-    return [
-        f"Avg@{k}",
-        f"Pass@{k}",
-        f"Maj@{k}",
-        "length",
-        "truncated, %",
-        "unparsable, %",
-    ]
+    return [f"Avg@{k}", f"Pass@{k}", f"Maj@{k}", "length", "truncated, %", "unparsable, %"]
 
 
 def table_row(name: str, values: dict) -> list[str]:
@@ -165,9 +156,7 @@ def table(results: dict, k: int) -> str:
     return markdown(["", *headings(k)], rows)
 
 
-def attempt_test(
-    cfg: sd.Config, checkpoint: dict | None = None, count: int | None = None
-) -> list:
+def attempt_test(cfg: sd.Config, checkpoint: dict | None = None, count: int | None = None) -> list:
     """Attempts at the first `count` test problems, by the base or with a checkpoint's adapters."""
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).test[:count]
@@ -193,9 +182,7 @@ def evaluate_runs(
     for folder, checkpoint in zip(folders, checkpoints):
         for field in SHARED_FIELDS:
             if getattr(checkpoint["config"], field) != getattr(cfg, field):
-                sd.fail(
-                    f"{folder} and {folders[0]} differ in {field}: they cannot share a table"
-                )
+                sd.fail(f"{folder} and {folders[0]} differ in {field}: they cannot share a table")
     cfg = replace(cfg, eval_samples=k or cfg.eval_samples)
     # short names, unless two runs would share one
     names = [Path(folder).name for folder in folders]
@@ -238,6 +225,7 @@ def attempt_record(r: sd.Rollout) -> dict:
 # A_t of eq (2) is read out at every token of the same attempts. A context is good if the negative A
 # of a wrong attempt falls on its first wrong step, and if a right attempt is left alone.
 
+
 def context_names() -> list[str]:
     """The critic's styles, and every condition whose context comes from somewhere else."""
     names = [f"critique ({style})" for style in STYLES]
@@ -247,9 +235,7 @@ def context_names() -> list[str]:
     return names
 
 
-def study_tokens(
-    folder: str, count: int, samples: int, url: str | None, names: list[str]
-) -> str:
+def study_tokens(folder: str, count: int, samples: int, url: str | None, names: list[str]) -> str:
     """The table of the named contexts. Writes tokens.md, tokens.json and tokens.html.
 
     The first context must be a copy of the attempt: it says where the first wrong step is.
@@ -266,9 +252,7 @@ def study_tokens(
     problems = sd.load_problems(cfg, chat).test[:count]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, sd.EVAL_SEED)
     contexts = write_named_contexts(names, rollouts, chat, cfg)
-    found = {
-        name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()
-    }
+    found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
     # all contexts are measured on the same attempts: on those that have every context
     complete = sorted(set.intersection(*map(set, found.values())))
 
@@ -277,15 +261,11 @@ def study_tokens(
         r = rollouts[i]
         if not r.reward and sd.is_correct(critiques[i], r.problem.answer, cfg.grader):
             places[i] = wrong_step(chat, r, critiques[i], FORMATS[cfg.prompts])
-        if r.reward and first_edit(chat.decode, r.sample.ids, critiques[i]) == len(
-            r.sample.ids
-        ):
+        if r.reward and first_edit(chat.decode, r.sample.ids, critiques[i]) == len(r.sample.ids):
             copied.append(i)
     rows = []
     for name, a in found.items():
-        rows.append(
-            [name, *localise(rollouts, samples, {i: a[i] for i in complete}, places)]
-        )
+        rows.append([name, *localise(rollouts, samples, {i: a[i] for i in complete}, places)])
 
     # A wrong attempt that was corrected, and a right one that was copied whole. Problems with both
     # outcomes come first, because GRPO learns from no others.
@@ -297,9 +277,7 @@ def study_tokens(
             for name in (names[0], *sd.CONDITIONS):
                 if name in contexts:
                     shown[name] = (contexts[name][i], found[name][i])
-            examples.append(
-                example(chat, rollouts[i], shown, grpo[i], places.get(i), cfg)
-            )
+            examples.append(example(chat, rollouts[i], shown, grpo[i], places.get(i), cfg))
 
     right = sum(rollouts[i].reward for i in complete)
     text = (
@@ -333,9 +311,7 @@ def write_named_contexts(
     return contexts
 
 
-def advantages(
-    chat: sd.Chat, rollouts, contexts, cfg: sd.Config
-) -> dict[int, np.ndarray]:
+def advantages(chat: sd.Chat, rollouts, contexts, cfg: sd.Config) -> dict[int, np.ndarray]:
     """A_t of each attempt's tokens under its context, by index; without those that have none."""
     found = {}
     for i, r in enumerate(sd.progress(rollouts, desc="score")):
@@ -408,9 +384,7 @@ def localise(rollouts, samples: int, found: dict, places: dict) -> list[str]:
     ]
 
 
-def example(
-    chat, r: sd.Rollout, shown: dict, grpo: float, place, cfg: sd.Config
-) -> dict:
+def example(chat, r: sd.Rollout, shown: dict, grpo: float, place, cfg: sd.Config) -> dict:
     """One attempt for the pictures. `shown` holds a context and its advantages by name."""
     rows = {}
     for name, (context, a) in shown.items():
@@ -447,9 +421,7 @@ def likeliest_tokens(chat, r: sd.Rollout, context: str, cfg: sd.Config) -> list[
 
 
 FULL_COLOUR = 5.0  # nats at which a colour is saturated
-UNDERLINED = (
-    -0.05
-)  # nats below which a token is underlined, for those who see no colours
+UNDERLINED = -0.05  # nats below which a token is underlined, for those who see no colours
 
 
 def shade(a: float) -> tuple[int, int, int]:
@@ -494,9 +466,7 @@ def page(examples: list[dict], numbers: str) -> str:
     strips = ""
     for e in examples:
         answer = html.escape(e["answer"])
-        strips += (
-            f"<h2>{html.escape(title(e))} <small>(answer {answer})</small></h2><table>"
-        )
+        strips += f"<h2>{html.escape(title(e))} <small>(answer {answer})</small></h2><table>"
         for name, row in e["rows"].items():
             context = html.escape(row["context"])
             strips += f'<tr><th title="{context}">{html.escape(name)}</th><td>'
@@ -504,9 +474,7 @@ def page(examples: list[dict], numbers: str) -> str:
                 strips += token_span(e, row, t)
             strips += "</td></tr>"
         strips += "</table>"
-    return PAGE.format(
-        css=CSS, full=FULL_COLOUR, strips=strips, numbers=html.escape(numbers)
-    )
+    return PAGE.format(css=CSS, full=FULL_COLOUR, strips=strips, numbers=html.escape(numbers))
 
 
 def token_span(e: dict, row: dict, t: int) -> str:
@@ -580,10 +548,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     )
     final = results_table("final", "checkpoint.pt", base, runs, rates, k)
     best = results_table("best on validation", "best.pt", base, runs, rates, k)
-    text = (
-        "\n\n".join([heading, final, best, pairs_table(runs, k), costs_table(runs, k)])
-        + "\n"
-    )
+    text = "\n\n".join([heading, final, best, pairs_table(runs, k), costs_table(runs, k)]) + "\n"
     content = json.dumps({"rates": rates, "base": base, "runs": runs}, default=str)
     (root / "table.md").write_text(text, "utf-8")
     (root / "table.json").write_text(content, "utf-8")
@@ -609,16 +574,12 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     )  # fmt: skip
     sd.check_config(cfg)
     if every > cfg.steps:
-        sd.fail(
-            "argument --eval-every: must be at most --steps, so that there is a curve"
-        )
+        sd.fail("argument --eval-every: must be at most --steps, so that there is a curve")
     if (folder / "checkpoint.pt").exists():
         checkpoint = sd.load_checkpoint(folder / "checkpoint.pt")
         for field in vars(cfg).keys() - FREE_FIELDS:
             if getattr(checkpoint["config"], field) != getattr(cfg, field):
-                sd.fail(
-                    f"{folder} was trained with another {field}; choose another --out"
-                )
+                sd.fail(f"{folder} was trained with another {field}; choose another --out")
         steps = checkpoint["state"]["step"]
         if steps > cfg.steps:
             sd.fail(f"{folder} was trained for more steps; choose another --out")
@@ -674,14 +635,10 @@ def over_seeds(values: np.ndarray, scale: int = 100) -> str:
     return f"{scale * values.mean():.1f} ± {half_width(scale * values):.1f}"
 
 
-def results_table(
-    title: str, checkpoint: str, base: dict, runs: dict, rates: dict, k: int
-) -> str:
+def results_table(title: str, checkpoint: str, base: dict, runs: dict, rates: dict, k: int) -> str:
     """Test scores of the base, and of each arm with that checkpoint."""
     metrics = ("Avg", "Pass", "Maj", "length")
-    rows = [
-        ["base", "-", *(f"{METRICS[metric] * base[metric]:.1f}" for metric in metrics)]
-    ]
+    rows = [["base", "-", *(f"{METRICS[metric] * base[metric]:.1f}" for metric in metrics)]]
     for arm, folders in runs.items():
         rows.append([arm, rates[arm]])
         for metric in metrics:
@@ -714,9 +671,7 @@ def costs_table(runs: dict, k: int) -> str:
             row.append(f"{c[name][0, -1]:,.0f}")
         row.append(over_seeds(c["avg"][:, early]))
         for tokens in (budget / 2, budget):
-            reached = map(
-                np.interp, itertools.repeat(tokens), c["sampled_tokens"], c["avg"]
-            )
+            reached = map(np.interp, itertools.repeat(tokens), c["sampled_tokens"], c["avg"])
             row.append(over_seeds(np.array(list(reached))))
         rows.append(row)
     head = [
@@ -739,11 +694,7 @@ def load_pyplot():
         sd.fail("--plot needs matplotlib: pip install matplotlib")
     plt.switch_backend("Agg")
     # text stays text; the salt makes equal data give equal files; and a token may be "$"
-    plt.rcParams |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "sd",
-        "text.parse_math": False,
-    }
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sd", "text.parse_math": False}
     return plt
 
 
@@ -754,9 +705,7 @@ def plot_results(root: Path, study: Path, out: Path) -> str:
     examples = json.loads((study / "tokens.json").read_text("utf-8"))["examples"]
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(plt, runs).savefig(out / "curves.svg", metadata={"Date": None})
-    draw_advantages(plt, examples).savefig(
-        out / "advantage.svg", metadata={"Date": None}
-    )
+    draw_advantages(plt, examples).savefig(out / "advantage.svg", metadata={"Date": None})
     return f"wrote {out / 'curves.svg'} and {out / 'advantage.svg'}"
 
 
@@ -774,9 +723,7 @@ PANELS = (
 def plot_runs(folders: list[str], out: Path) -> str:
     """Draw the logs of runs, finished or not, into one PNG or SVG, by the name of `out`."""
     plt = load_pyplot()
-    figure, axes = plt.subplots(
-        2, 3, figsize=(12, 6), layout="constrained", sharex=True
-    )
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
     for folder, colour in zip(folders, itertools.cycle(COLOURS)):
         entries = read_log(Path(folder))
         for axis, (label, names, scale) in zip(axes.flat, PANELS):
@@ -824,9 +771,7 @@ def draw_line(axis, x, y, colour: str, label: str, name: str = "", half=0.0) -> 
 
 def draw_curves(plt, runs: dict):
     """Validation accuracy of the main arms, by steps and by sampled tokens, with t intervals."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(9, 3.2), sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     names = {"step": "step", "sampled_tokens": "sampled tokens (solver + critic)"}
     for axis, (name, label) in zip(axes, names.items()):
         for arm, colour in zip(main_arms(runs), itertools.cycle(COLOURS)):
@@ -876,9 +821,7 @@ def draw_advantages(plt, examples: list):
         colour = np.array(shade(a)) / 255
         axis.add_patch(plt.Rectangle((x, y - 0.45), len(text), 0.9, color=colour, lw=0))
         centre = x + len(text) / 2
-        axis.text(
-            centre, y, text, ha="center", va="center", fontsize=9.3, family="monospace"
-        )  # fmt: skip
+        axis.text(centre, y, text, ha="center", va="center", fontsize=9.3, family="monospace")
         if a < UNDERLINED:
             axis.plot([x, x + len(text)], [y + 0.4] * 2, color="black", lw=0.8)
         if is_edit:
@@ -905,41 +848,26 @@ def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
 # ---- 6. Filter, after the paper's: keep what the base solves sometimes, but seldom. --------------
 
 
-def filter_pool(
-    pool: str, out: Path, below: float, samples: int, flags: list[str]
-) -> str:
+def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores are saved on the way: the same command goes on."""
     cfg = sd.parse_config([*flags, "--data", pool, "--eval-samples", str(samples)])
     chat = sd.load_solver(cfg)
     rows, dropped = sd.read_problems(cfg, chat)
     out.parent.mkdir(parents=True, exist_ok=True)
     avg = score_pool(rows, Path(f"{out}.scores.jsonl"), chat, cfg)
-    kept = [
-        json.dumps(row) + "\n" for key, (_, row) in rows.items() if 0 < avg[key] < below
-    ]
+    kept = [json.dumps(row) + "\n" for key, (_, row) in rows.items() if 0 < avg[key] < below]
     out.write_text("".join(kept), "utf-8")
     dropped["never solved"] = sum(avg[key] == 0 for key in rows)
-    dropped[f"solved {below:g} or more of the time"] = sum(
-        avg[key] >= below for key in rows
-    )
+    dropped[f"solved {below:g} or more of the time"] = sum(avg[key] >= below for key in rows)
     total = len(kept) + sum(dropped.values())
     return f"kept {len(kept)} of {total} rows in {out}; dropped: {sd.format_counts(dropped)}"
 
 
-def score_pool(
-    rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config
-) -> dict[str, float]:
+def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[str, float]:
     """Avg of each problem, from the file at `path` if it is there, else sampled and added to it."""
-    settings = {}
-    for name in (
-        "model",
-        "prompts",
-        "grader",
-        "temperature",
-        "max_new_tokens",
-        "eval_samples",
-    ):
-        settings[name] = getattr(cfg, name)
+    # scores that were made with other settings do not count
+    shaping = ("model", "prompts", "grader", "temperature", "max_new_tokens", "eval_samples")
+    settings = {name: getattr(cfg, name) for name in shaping}
     avg, todo, k = {}, [], cfg.eval_samples
     for _, entry in sd.read_rows(path) if path.exists() else []:
         # a line that was cut off by a kill is no dict
@@ -984,10 +912,7 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
         # the control: a critique, but of another problem
         "another problem's critique": critiques[samples:] + critiques[:samples],
     }
-    rows = [
-        *solver_rows(rollouts, cfg),
-        *critic_rows(rollouts, critiques, critic_tokens, cfg),
-    ]
+    rows = solver_rows(rollouts, cfg) + critic_rows(rollouts, critiques, critic_tokens, cfg)
     gaps = {}
     for name, texts in contexts.items():
         result, gaps[name] = teacher_row(chat, rollouts, texts, samples, cfg)
@@ -1016,9 +941,7 @@ def follows_format(r: sd.Rollout, cfg: sd.Config) -> bool:
 
 
 def reaches_answer(critique: str | None, r: sd.Rollout, cfg: sd.Config) -> bool:
-    return critique is not None and sd.is_correct(
-        critique, r.problem.answer, cfg.grader
-    )
+    return critique is not None and sd.is_correct(critique, r.problem.answer, cfg.grader)
 
 
 def copies_whole(critique: str | None, r: sd.Rollout) -> bool:
@@ -1029,10 +952,7 @@ def solver_rows(rollouts: list, cfg: sd.Config) -> list:
     tokens = np.mean([len(r.sample.ids) for r in rollouts])
     return [
         ["base: right", *share([r.reward for r in rollouts])],
-        [
-            "base: in the format asked for",
-            *share([follows_format(r, cfg) for r in rollouts]),
-        ],
+        ["base: in the format asked for", *share([follows_format(r, cfg) for r in rollouts])],
         ["base: cut at the cap", *share([r.sample.truncated for r in rollouts])],
         ["base: tokens an attempt", f"{tokens:.0f}", str(len(rollouts))],
     ]
@@ -1052,11 +972,7 @@ def critic_rows(rollouts, critiques, tokens: int, cfg: sd.Config) -> list:
         ["critic: right answer on wrong attempts", *share(corrected)],
         ["critic: copies right attempts whole", *share(whole)],
         ["critic: steps that stand in the attempt", *share(steps)],
-        [
-            "critic: tokens a critique",
-            f"{tokens / len(critiques):.0f}",
-            str(len(critiques)),
-        ],
+        ["critic: tokens a critique", f"{tokens / len(critiques):.0f}", str(len(critiques))],
     ]
 
 
@@ -1093,9 +1009,7 @@ def flat_groups(rollouts: list, cfg: sd.Config) -> list[bool]:
     return (rewards.std(1) == 0).tolist()
 
 
-def cost_rows(
-    chat, rollouts, critiques, critic_tokens: int, seconds: dict, cfg: sd.Config
-) -> list:
+def cost_rows(chat, rollouts, critiques, critic_tokens: int, seconds: dict, cfg: sd.Config) -> list:
     """Times of the parts, and what they add up to. One update is taken, at learning rate 0."""
     sd.add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:
@@ -1197,16 +1111,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = sd.fail
     add = parser.add_argument
     add("runs", nargs="*", help="run folders to compare; or, after --, flags of sd.py")
-    add(
-        "--tokens",
-        metavar="RUN",
-        help="A of every token, on the problems that RUN held out",
-    )
-    add(
-        "--reproduce",
-        action="store_true",
-        help="train and evaluate every arm; can be interrupted",
-    )
+    add("--tokens", metavar="RUN", help="A of every token, on the problems that RUN held out")
+    add("--reproduce", action="store_true", help="train and evaluate every arm; can be interrupted")
     add(
         "--plot",
         action="store_true",
@@ -1219,41 +1125,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="no training: judge solver, critic and teacher; takes the flags of sd.py",
     )
     add("--filter", metavar="POOL", help="a problem file, as sd.py's --data")
-    add(
-        "--checkpoint",
-        default="checkpoint.pt",
-        help="checkpoint.pt (the last) or best.pt",
-    )
-    add(
-        "--critic",
-        metavar="URL",
-        help="--tokens: the address of RUN's http critic, once more",
-    )
-    add(
-        "--samples",
-        type=positive,
-        help="attempts a problem, k [12; --tokens 4; --filter 16]",
-    )
-    add(
-        "--problems",
-        type=positive,
-        help="the first so many test problems [all; --tokens 50]",
-    )
+    add("--checkpoint", default="checkpoint.pt", help="checkpoint.pt (the last) or best.pt")
+    add("--critic", metavar="URL", help="--tokens: the address of RUN's http critic, once more")
+    add("--samples", type=positive, help="attempts a problem, k [12; --tokens 4; --filter 16]")
+    add("--problems", type=positive, help="the first so many test problems [all; --tokens 50]")
     add(
         "--contexts",
-        help="--tokens: some of "
-        + ", ".join(context_names())
-        + "; the first must copy the attempt [all]",
+        help=f"--tokens: some of {', '.join(context_names())}; the first must copy the attempt "
+        "[all]",
     )
     add("--seeds", type=positive, default=5, help="--reproduce: seeds of each arm [5]")
     add(
         "--below", type=float, default=0.3125,
         help="--filter: keep what is solved less often [5/16, the paper's]",
     )  # fmt: skip
-    add(
-        "--out",
-        help="folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]",
-    )
+    add("--out", help="folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]")
     return parser
 
 
@@ -1292,12 +1178,8 @@ def run_command(argv: list[str] | None) -> str:
         return filter_pool(args.filter, out, args.below, args.samples or 16, args.runs)
     if args.runs:
         out = Path(args.out or Path(args.runs[0]).parent)
-        return evaluate_runs(
-            args.runs, args.checkpoint, args.problems, args.samples, out
-        )
-    sd.fail(
-        "name run folders, or --tokens, --reproduce, --plot, --preflight, --filter; see --help"
-    )
+        return evaluate_runs(args.runs, args.checkpoint, args.problems, args.samples, out)
+    sd.fail("name run folders, or --tokens, --reproduce, --plot, --preflight, --filter; see --help")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -89,9 +89,7 @@ def tiny_model(vocabulary: int, **changes) -> transformers.PreTrainedModel:
     ends = dict(eos_token_id=0, pad_token_id=0, bos_token_id=None)
     torch.manual_seed(0)
     return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=vocabulary, **ends, **{**shape, **changes}
-        )
+        transformers.Qwen3Config(vocab_size=vocabulary, **ends, **{**shape, **changes})
     )
 
 
@@ -137,9 +135,7 @@ def config(**changes) -> sd.Config:
 
 def numbered_problems(count: int) -> list[tuple[int, sd.Problem]]:
     lines = (TOY / "problems.jsonl").read_text().splitlines()[:count]
-    return [
-        (number, sd.read_row(json.loads(line))) for number, line in enumerate(lines)
-    ]
+    return [(number, sd.read_row(json.loads(line))) for number, line in enumerate(lines)]
 
 
 def rollouts_of(chat, cfg, count=6) -> list[sd.Rollout]:
@@ -216,9 +212,7 @@ def loss_inputs(rows=13, width=8, vocabulary=31, dtype=torch.float32):
     """(h_student, h_teacher, head, ids, advantage). The middle advantage is 0."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, width), (rows, width), (vocabulary, width)]
-    tensors = [
-        torch.randn(*shape, generator=generator).to(dtype) for shape in shapes
-    ]
+    tensors = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
     ids = torch.arange(rows) % vocabulary
     return *tensors, ids, torch.linspace(-1, 1, rows)
 
@@ -242,9 +236,7 @@ def test_fused_loss_equals_the_naive_one(name, temperature, chunk, rows):
     h_student.requires_grad_(True)
     wanted = naive_loss(LOSSES[name], h_student, *others, temperature)
     wanted.sum().backward()
-    value, gradient = sd.fused_loss(
-        h_student, *others, LOSSES[name].fused, temperature, chunk
-    )
+    value, gradient = sd.fused_loss(h_student, *others, LOSSES[name].fused, temperature, chunk)
     torch.testing.assert_close(value, wanted.float(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient, h_student.grad, atol=1e-5, rtol=1e-4)
 
@@ -276,9 +268,7 @@ def test_the_sampled_token_form_is_kl_student_teacher_in_expectation():
         torch.zeros(11),
     )
     value, gradient = sd.fused_loss(*common, sd.DIVERGENCES["sampled"].fused, 0.9, 4)
-    kl, exact = sd.fused_loss(
-        *common, sd.DIVERGENCES["student||teacher"].fused, 0.9, 4
-    )
+    kl, exact = sd.fused_loss(*common, sd.DIVERGENCES["student||teacher"].fused, 0.9, 4)
     torch.testing.assert_close(p @ value, kl[0])
     torch.testing.assert_close(p @ gradient, exact[0])
 
@@ -349,14 +339,8 @@ def test_a_step_equals_a_loop_over_rows_in_plain_autograd(chat, condition, kl):
         ids = r.sample.ids
         log_p = row_log_probs(chat, r.prompt, ids, cfg.temperature)
         with torch.no_grad(), sd.adapters_off(chat.model):
-            log_q = row_log_probs(
-                chat, r.teacher_prompt or r.prompt, ids, cfg.temperature
-            )
-        losses.append(
-            naive(
-                log_p, log_q, torch.tensor(ids), torch.full((len(ids),), r.advantage)
-            )
-        )
+            log_q = row_log_probs(chat, r.teacher_prompt or r.prompt, ids, cfg.temperature)
+        losses.append(naive(log_p, log_q, torch.tensor(ids), torch.full((len(ids),), r.advantage)))
     torch.cat(losses).mean().backward()
     wanted = {name: p.grad for name, p in sd.adapters(chat.model).items()}
     assert_same(got, wanted, atol=1e-5, rtol=1e-4)
@@ -409,9 +393,7 @@ def test_float16_gradients_do_not_underflow(folder, monkeypatch):
     cfg = config(condition="grpo")
     rollouts = rollouts_of(sd.load_model(str(folder)), cfg, 2)
     total = 1 << 20  # as if other processes had the rest of a large step
-    monkeypatch.setattr(
-        sd, "all_sum", lambda value: total if isinstance(value, int) else value
-    )
+    monkeypatch.setattr(sd, "all_sum", lambda value: total if isinstance(value, int) else value)
     found = {}
     for dtype in ("float32", "float16"):
         chat = adapt(sd.load_model(str(folder), dtype), cfg)
@@ -537,9 +519,7 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_most_weights_move(folder):
     cfg = config(lr=5e-6)
     chat = adapt(sd.load_model(str(folder), dtype="bfloat16"), cfg, noise=0.3)
     rollouts, before = rollouts_of(chat, cfg), copy_of_adapters(chat)
-    optimizer = torch.optim.AdamW(
-        sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(sd.adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
     sd.update(chat, optimizer, rollouts, cfg)
     moved = []
     for name, p in sd.adapters(chat.model).items():
@@ -569,15 +549,9 @@ def test_the_sampler_draws_from_the_full_softmax_at_its_temperature(chat):
     """4,000 draws of one token. Fails if another temperature, or the model's own top-k, shapes
     the draw."""
     (prompt,) = prompts_of(chat, "7+6*3")
-    samples = sd.generate(
-        chat, [prompt] * 4000, 1, random_numbers(4000, 1), 2.0, 4000
-    )
-    p = F.softmax(
-        chat.model(input_ids=torch.tensor([prompt])).logits[0, -1].float() / 2.0, -1
-    )
-    counts = torch.bincount(
-        torch.tensor([s.ids[0] for s in samples]), minlength=len(p)
-    )
+    samples = sd.generate(chat, [prompt] * 4000, 1, random_numbers(4000, 1), 2.0, 4000)
+    p = F.softmax(chat.model(input_ids=torch.tensor([prompt])).logits[0, -1].float() / 2.0, -1)
+    counts = torch.bincount(torch.tensor([s.ids[0] for s in samples]), minlength=len(p))
     common = 4000 * p > 5
     expected = 4000 * p[common]
     chi_square = ((counts[common] - expected) ** 2 / expected).sum().item()
@@ -592,9 +566,7 @@ def test_a_sample_depends_on_no_other_row(chat):
     prompts = prompts_of(chat, "7", "7+6*3*9", "1+4*2", "3*3")
     drawn = []
     for batch_size in (4, 1, 3):
-        samples = sd.generate(
-            chat, prompts, 20, random_numbers(4, 20), 1.5, batch_size
-        )
+        samples = sd.generate(chat, prompts, 20, random_numbers(4, 20), 1.5, batch_size)
         drawn.append([s.ids for s in samples])
     assert drawn[0] == drawn[1] == drawn[2]
     assert len({len(ids) for ids in drawn[0]}) > 1
@@ -696,9 +668,7 @@ def test_the_first_edit_is_found_for_any_tokenizer(ending):
     ids, decode = list("naïve: 2€ + 4€ = 6€".encode()), decode_bytes
     critique = f"naïve: 2€ + 4€ = {ending}"
     scan = 0
-    while scan < len(ids) and critique.startswith(
-        decode(ids[: scan + 1]).rstrip("\ufffd")
-    ):
+    while scan < len(ids) and critique.startswith(decode(ids[: scan + 1]).rstrip("\ufffd")):
         scan += 1
     assert critic_prompts.first_edit(decode, ids, critique) == scan > 15
 
@@ -792,9 +762,7 @@ def test_every_condition_trains_and_asks_a_critic_if_it_says_so(
     """Fails if a row of CONDITIONS cannot be trained, asks a critic although asks_critic is False,
     or asks none although it is True; or if checkpointing loses the adapters' gradients."""
     condition, critic, loaded = sd.CONDITIONS[name], ScriptedCritic(), []
-    monkeypatch.setattr(
-        sd, "load_critic", lambda *_: loaded.append(critic) or critic
-    )
+    monkeypatch.setattr(sd, "load_critic", lambda *_: loaded.append(critic) or critic)
     flags = [
         "--condition",
         name,
@@ -934,15 +902,11 @@ def test_a_plain_critique_is_held_against_its_attempt(chat):
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is asked with the adapter on, or half a critique is kept."""
     chat.end_ids = list(range(0, 200, 9))  # so that replies end
-    conversations = [
-        critic_prompts.toy_critic(text, TRACE, None, "copy") for text in "7135"
-    ]
+    conversations = [critic_prompts.toy_critic(text, TRACE, None, "copy") for text in "7135"]
     critic = sd.LocalCritic(chat, 60, 8)
     before = critic(conversations)
     adapt(chat, config(), noise=2.0)
-    adapted = sd.generate(
-        chat, [chat.encode(messages) for messages in conversations], 60
-    )
+    adapted = sd.generate(chat, [chat.encode(messages) for messages in conversations], 60)
     assert critic(conversations) == before
     assert [len(s.ids) for s in adapted] != [reply.tokens for reply in before]
     assert None not in [reply.text for reply in before]
@@ -985,12 +949,8 @@ def test_200_random_steps_keep_the_invariants(chat):
         cfg = random_config(rng)
         texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(6))) for _ in range(5)]
         critic = ScriptedCritic(None, texts[0], TRACE)
-        problems = [
-            sd.Problem("7+6" + text, texts[3] or "s", "3") for text in texts[1:3]
-        ]
-        rollouts = sd.attempt(
-            chat, list(enumerate(problems)), cfg, 2, rng.randrange(99)
-        )
+        problems = [sd.Problem("7+6" + text, texts[3] or "s", "3") for text in texts[1:3]]
+        rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, 2, rng.randrange(99))
         drawn = [list(r.sample.ids) for r in rollouts]
         sd.write_contexts(rollouts, critic, cfg)
         scored = sd.prepare(chat, rollouts, cfg)
@@ -1001,9 +961,7 @@ def test_200_random_steps_keep_the_invariants(chat):
             assert 0 < len(r.scored_ids) <= len(r.sample.ids) <= cfg.max_new_tokens
             assert r.prompt.count(2) == 1 and r.prompt[-1] == 2
             if cfg.has_teacher:
-                assert r.context and len(r.teacher_prompt) <= (
-                    cfg.max_prompt_tokens or 4096
-                )
+                assert r.context and len(r.teacher_prompt) <= (cfg.max_prompt_tokens or 4096)
                 assert r.teacher_prompt.count(2) == 1 and r.teacher_prompt[-1] == 2
 
 
@@ -1035,13 +993,9 @@ def no_end(model, tokenizer):
 
 
 def other_model(name: str, **changes) -> transformers.PreTrainedModel:
-    shape = dict(
-        vocab_size=259, hidden_size=16, intermediate_size=16, eos_token_id=0
-    )
+    shape = dict(vocab_size=259, hidden_size=16, intermediate_size=16, eos_token_id=0)
     layers = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    model_config = transformers.AutoConfig.for_model(
-        name, **shape, **layers, **changes
-    )
+    model_config = transformers.AutoConfig.for_model(name, **shape, **layers, **changes)
     return transformers.AutoModelForCausalLM.from_config(model_config)
 
 
@@ -1071,9 +1025,7 @@ def changed_folder(folder, tmp_path, change) -> str:
         (scaled, "scales"),
     ],
 )
-def test_a_model_that_would_train_wrongly_is_refused(
-    folder, tmp_path, change, message
-):
+def test_a_model_that_would_train_wrongly_is_refused(folder, tmp_path, change, message):
     """Fails if a missing template falls back to bare text, or a head's arithmetic is ignored."""
     with pytest.raises(sd.UserError, match=message):
         sd.load_model(changed_folder(folder, tmp_path, change))
@@ -1089,9 +1041,7 @@ def test_dropout_is_off_in_training(folder, tmp_path):
     chat = sd.load_model(changed_folder(folder, tmp_path, with_dropout))
     chat.model.train()
     ids = torch.arange(15)[None]
-    assert torch.equal(
-        chat.model(input_ids=ids).logits, chat.model(input_ids=ids).logits
-    )
+    assert torch.equal(chat.model(input_ids=ids).logits, chat.model(input_ids=ids).logits)
 
 
 # ---- Memory: what does not fit is halved, and a GPU that is only traced. -------------------------
@@ -1398,9 +1348,7 @@ BAD_DATA = [
 ]
 
 
-@pytest.mark.parametrize(
-    "content, message", BAD_DATA, ids=[message for _, message in BAD_DATA]
-)
+@pytest.mark.parametrize("content, message", BAD_DATA, ids=[message for _, message in BAD_DATA])
 def test_bad_data_is_one_clear_line(chat, tmp_path, content, message):
     """Fails if a malformed file gives a traceback, or a message without file, place and field."""
     path = tmp_path / "data.jsonl"
@@ -1411,9 +1359,7 @@ def test_bad_data_is_one_clear_line(chat, tmp_path, content, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-NUMBER_ROWS = [
-    {"problem": f"{i}+1", "solution": "s", "answer": i + 1} for i in range(8)
-]
+NUMBER_ROWS = [{"problem": f"{i}+1", "solution": "s", "answer": i + 1} for i in range(8)]
 GSM8K_ROW = {"question": "9+1", "answer": "9+1 #### 10"}
 LINES = "\r\n".join(json.dumps(row) for row in [*NUMBER_ROWS, GSM8K_ROW])
 
@@ -1428,9 +1374,7 @@ def test_good_data_is_read_in_every_form(chat, tmp_path, text):
     path = tmp_path / "d.json"
     path.write_bytes(text.encode())
     held_out = dict(test_problems=2, validation_problems=2)
-    split = sd.load_problems(
-        config(data=str(path), skip_bad_rows=True, **held_out), chat
-    )
+    split = sd.load_problems(config(data=str(path), skip_bad_rows=True, **held_out), chat)
     assert len(split.train) == 5
     assert split.dropped["bad"] == text.count("{}")
     assert "10" in [p.answer for p in split.train + split.validation + split.test]
@@ -1440,15 +1384,11 @@ def test_the_split_is_disjoint_and_depends_on_neither_order_nor_seed(chat, tmp_p
     """Fails if a test problem can be trained on after the file is shuffled or the seed changed."""
     rows = []
     for i in range(40):
-        rows.append(
-            json.dumps({"problem": f"{i}+{i}", "solution": "s", "answer": "1"})
-        )
+        rows.append(json.dumps({"problem": f"{i}+{i}", "solution": "s", "answer": "1"}))
     path, splits = tmp_path / "d.jsonl", []
     for seed, lines in enumerate((rows, rows[::-1] + rows[:7])):
         path.write_text("\n".join(lines))
-        cfg = config(
-            data=str(path), test_problems=10, validation_problems=5, seed=seed
-        )
+        cfg = config(data=str(path), test_problems=10, validation_problems=5, seed=seed)
         splits.append(sd.load_problems(cfg, chat))
     assert splits[0][:3] == splits[1][:3]
     assert splits[1].dropped["duplicate"] == 7
@@ -1497,16 +1437,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(int(how) if how.isdigit() else 200)
         self.send_header("Content-Length", str(len(text)))
         if how == "302":
-            self.send_header(
-                "Location", self.server.url.replace("127.0.0.1", "localhost")
-            )
+            self.send_header("Location", self.server.url.replace("127.0.0.1", "localhost"))
         self.end_headers()
         self.wfile.write(text.encode())
 
     def do_GET(self):
-        self.server.calls.append(
-            (self.path, None, self.headers.get("Authorization"))
-        )
+        self.server.calls.append((self.path, None, self.headers.get("Authorization")))
         self.send_error(404)
 
     def log_message(self, *_):
@@ -1525,9 +1461,7 @@ def server():
 
 def http_critic(urls: list[str], model: str) -> sd.HTTPCritic:
     timeout = 0.1 if model == "silent" else 10.0
-    return sd.HTTPCritic(
-        urls, model, 9, parallel=2, timeout=timeout, tries=3, pause=0.01
-    )
+    return sd.HTTPCritic(urls, model, 9, parallel=2, timeout=timeout, tries=3, pause=0.01)
 
 
 # how the server behaves → requests, and whether there is a text in the end
@@ -1552,9 +1486,7 @@ def test_the_http_critic_tries_again_what_may_pass(server, how):
     assert (len(server.calls), reply.text is not None) == BEHAVIOURS[how]
     path, body, _ = server.calls[0]
     assert path == "/v1/chat/completions"
-    assert (
-        body["max_tokens"] == 9 and body["messages"][0]["content"] == "correct this"
-    )
+    assert body["max_tokens"] == 9 and body["messages"][0]["content"] == "correct this"
 
 
 def test_a_dead_server_loses_nothing(server):
@@ -1565,9 +1497,7 @@ def test_a_dead_server_loses_nothing(server):
     assert len(server.calls) == 6
 
 
-def test_the_api_key_is_sent_and_kept_nowhere(
-    server, monkeypatch, folder, tmp_path, capfd
-):
+def test_the_api_key_is_sent_and_kept_nowhere(server, monkeypatch, folder, tmp_path, capfd):
     """Fails if the key enters the config, the log or a message."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     flags = ["--critic", server.url, "--critic-model", "400", "--steps", "1"]
@@ -1604,9 +1534,7 @@ def run_in(tmp_path, folder, *flags) -> int:
         data=folder / "problems.jsonl",
         out=tmp_path / "run",
     )
-    common |= dict(
-        test_problems=5, validation_problems=4, final_problems=2, eval_samples=2
-    )
+    common |= dict(test_problems=5, validation_problems=4, final_problems=2, eval_samples=2)
     common |= dict(
         lora_rank=4,
         lora_alpha=8,
@@ -1619,9 +1547,7 @@ def run_in(tmp_path, folder, *flags) -> int:
 
 def log_of(run: Path) -> list[dict]:
     """Without what differs from run to run."""
-    entries = [
-        json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()
-    ]
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for entry in entries:
         entry.pop("cost", None)
         entry.pop("config", None)
@@ -1639,9 +1565,7 @@ def checkpoint_of(run: Path, name="checkpoint.pt") -> dict:
 def assert_same_run(a: Path, b: Path):
     """Bit for bit."""
     assert log_of(a) == log_of(b)
-    assert_same(
-        checkpoint_of(a)["adapters"], checkpoint_of(b)["adapters"], atol=0, rtol=0
-    )
+    assert_same(checkpoint_of(a)["adapters"], checkpoint_of(b)["adapters"], atol=0, rtol=0)
 
 
 def error_of(capture) -> str:
@@ -1660,9 +1584,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, folder, condition):
     assert run_in(tmp_path / "a", folder, *flags, "--steps", "7") == 0
     assert run_in(tmp_path / "b", folder, *flags, "--steps", "4") == 0
     with open(tmp_path / "b/run/log.jsonl", "a") as log:
-        log.write(
-            '{"step": 5, "loss": 1.0}\n{"step": 6, "co'
-        )  # killed in the middle of a line
+        log.write('{"step": 5, "loss": 1.0}\n{"step": 6, "co')  # killed in the middle of a line
     assert run_in(tmp_path / "b", folder, *flags, "--steps", "7", "--resume") == 0
     assert_same_run(tmp_path / "a/run", tmp_path / "b/run")
     assert [entry["step"] for entry in steps_of(tmp_path / "a/run")] == [
@@ -1682,18 +1604,14 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, folder):
     flags = ["--condition", "reference", "--save-every", "1", "--show-every", "0"]
     log, rng = tmp_path / "run/log.jsonl", random.Random(0)
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(
-        [__name__, "transformers.models.qwen3.modeling_qwen3"]
-    )
+    forks.set_forkserver_preload([__name__, "transformers.models.qwen3.modeling_qwen3"])
     for _ in range(3):
         size = log.stat().st_size if log.exists() else 0
         resume = ["--resume"] if (tmp_path / "run/checkpoint.pt").exists() else []
         arguments = (tmp_path, folder, *flags, "--steps", "9999", *resume)
         child = forks.Process(target=run_in, args=arguments)
         child.start()
-        while (
-            not log.exists() or log.stat().st_size <= size + 500
-        ):  # until it takes steps
+        while not log.exists() or log.stat().st_size <= size + 500:  # until it takes steps
             assert child.is_alive()
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
@@ -1716,11 +1634,7 @@ def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(sd, "take_step", interrupted)
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "9") == 130
-    assert (
-        checkpoint_of(tmp_path / "run")["state"]["step"]
-        == len(steps_of(tmp_path / "run"))
-        == 3
-    )
+    assert checkpoint_of(tmp_path / "run")["state"]["step"] == len(steps_of(tmp_path / "run")) == 3
 
 
 @pytest.mark.parametrize(
@@ -1817,9 +1731,7 @@ BROKEN = {
     "cut off": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
     "runs code": lambda content: b"cos\nsystem\n(S'touch owned'\ntR.",
-    "of another version": lambda content: content.replace(
-        b"temperature", b"temporature"
-    ),
+    "of another version": lambda content: content.replace(b"temperature", b"temporature"),
 }
 
 
@@ -1851,9 +1763,7 @@ def test_a_checkpoints_config_is_checked_like_a_command_line(tmp_path, folder):
         checkpoint_of(tmp_path / "run")
 
 
-def test_a_checkpoint_cannot_send_the_key_to_its_own_address(
-    tmp_path, folder, server, capfd
-):
+def test_a_checkpoint_cannot_send_the_key_to_its_own_address(tmp_path, folder, server, capfd):
     """Fails if --resume asks the http critic that a file names."""
     assert run_in(tmp_path, folder, "--condition", "reference", "--steps", "1") == 0
     changes = dict(condition="critique", critic=server.url, critic_model="good")
@@ -2045,9 +1955,7 @@ def test_control_characters_reach_no_terminal(chat, capsys):
     rollout.problem = rollout.problem._replace(question="q\r\x1b]0;title\x07")
     sd.print_example(chat, rollout, cfg)
     printed = capsys.readouterr().out
-    assert (
-        all(c.isprintable() or c == "\n" for c in printed) and "problem" in printed
-    )
+    assert all(c.isprintable() or c == "\n" for c in printed) and "problem" in printed
 
 
 README = (HERE / "README.md").read_text("utf-8")
@@ -2096,9 +2004,7 @@ def test_the_readme_names_only_functions_that_exist():
 
 
 def answered(text: str, reward: float) -> sd.Rollout:
-    return sd.Rollout(
-        sd.Problem("", "", ""), [], sd.Sample([0], False, 0.0), text, reward
-    )
+    return sd.Rollout(sd.Problem("", "", ""), [], sd.Sample([0], False, 0.0), text, reward)
 
 
 def test_pass_at_k_equals_numbers_worked_by_hand():
@@ -2181,15 +2087,10 @@ def toy_rollout(toy, text: str, reward=0.0) -> sd.Rollout:
         ("", (0, 6, 0)),
     ],
 )
-def test_the_first_wrong_step_is_the_one_in_which_the_critique_departs(
-    toy, critique, place
-):
+def test_the_first_wrong_step_is_the_one_in_which_the_critique_departs(toy, critique, place):
     """Fails if a step's bounds are off by a token, or an edit in the answer counts for a step."""
     rollout = toy_rollout(toy, "s7+6=3s3*3=6s6+1=7####7")
-    assert (
-        evaluation.wrong_step(toy, rollout, critique, critic_prompts.FORMATS["toy"])
-        == place
-    )
+    assert evaluation.wrong_step(toy, rollout, critique, critic_prompts.FORMATS["toy"]) == place
 
 
 def numbers_in(cell: str) -> list[float]:
@@ -2261,9 +2162,7 @@ def test_the_token_study_measures_every_context(tmp_path, capsys):
         assert name in numbers or condition.write in (sd.group_advantages, sd.write_critiques)
 
 
-def test_the_token_study_sends_no_key_to_an_address_in_a_file(
-    tmp_path, folder, server, capfd
-):
+def test_the_token_study_sends_no_key_to_an_address_in_a_file(tmp_path, folder, server, capfd):
     """Fails if --tokens asks the http critic that a checkpoint names."""
     assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "1") == 0
     tamper(tmp_path / "run/checkpoint.pt", critic=server.url, critic_model="good")
@@ -2284,9 +2183,7 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
         tmp_path / "r/table.md",
         dict(model=folder, data=folder / "problems.jsonl"),
     )
-    passed |= dict(
-        preset="toy", steps=2, test_problems=5, validation_problems=4, eval_samples=2
-    )
+    passed |= dict(preset="toy", steps=2, test_problems=5, validation_problems=4, eval_samples=2)
     passed |= dict(lora_rank=4, attempts_per_step=4, group_size=2, max_new_tokens=12)
     own = ["--reproduce", "--seeds", "2", "--out", str(tmp_path / "r"), "--"]
     assert evaluation.main(own + as_flags(passed)) == 0
@@ -2303,15 +2200,10 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
     assert "another temperature" in error_of(capsys)
 
 
-def test_filter_keeps_what_is_seldom_solved_and_resumes(
-    tmp_path, folder, monkeypatch, capsys
-):
+def test_filter_keeps_what_is_seldom_solved_and_resumes(tmp_path, folder, monkeypatch, capsys):
     """Fails if never-solved or often-solved problems are kept, a row is changed, or a second call
     samples again."""
-    rows = [
-        {"problem": f"{i}+1", "solution": "s", "answer": "1", "extra": i}
-        for i in range(5)
-    ]
+    rows = [{"problem": f"{i}+1", "solution": "s", "answer": "1", "extra": i} for i in range(5)]
     solved, asked = [0, 1, 1, 2, 4], []
 
     def attempt(chat, problems, cfg, samples, seed):
@@ -2319,9 +2211,7 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(
         for number, problem in problems:
             assert problem.question == f"{number}+1"
             asked.append(number)
-            rollouts += [
-                answered("", float(k < solved[number])) for k in range(samples)
-            ]
+            rollouts += [answered("", float(k < solved[number])) for k in range(samples)]
         return rollouts
 
     monkeypatch.setattr(sd, "attempt", attempt)
@@ -2329,13 +2219,8 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(
     pool.write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     own = ["--filter", str(pool), "--out", str(out), "--samples", "4"]
     for _ in range(2):
-        assert (
-            evaluation.main([*own, "--", "--preset", "toy", "--model", str(folder)])
-            == 0
-        )
-        assert [json.loads(line) for line in out.read_text().splitlines()] == rows[
-            1:3
-        ]
+        assert evaluation.main([*own, "--", "--preset", "toy", "--model", str(folder)]) == 0
+        assert [json.loads(line) for line in out.read_text().splitlines()] == rows[1:3]
         assert "1 never solved, 2 solved 0.3125" in capsys.readouterr().out
     assert asked == [0, 1, 2, 3, 4]
 
@@ -2649,9 +2534,7 @@ def loss_job(form: str, shape: tuple, chunk: int):
         loss.naive(log_p, log_q, ids, advantage).sum().backward()
 
     def fused():
-        sd.fused_loss(
-            h_student, h_teacher, head, ids, advantage, loss.fused, 1.1, chunk
-        )
+        sd.fused_loss(h_student, h_teacher, head, ids, advantage, loss.fused, 1.1, chunk)
 
     def matmuls():
         # through buffers that are allocated once, as in the fused form
@@ -2669,19 +2552,14 @@ def loss_job(form: str, shape: tuple, chunk: int):
 
 def checkpointing_job(on: bool):
     """One micro-batch of 8 rows of 256 tokens through 12 layers of width 256."""
-    shape = dict(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=12, head_dim=32
-    )
+    shape = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=12, head_dim=32)
     model = tiny_model(259, num_attention_heads=8, initializer_range=0.02, **shape)
     cfg = config(condition="grpo", micro_batch=8)
     chat = adapt(sd.Chat(model, None, [0], 512), cfg)
     if on:
         model.activation_checkpointing_enable({"use_reentrant": False})
     sample, problem = sd.Sample([3] * 224, False, 0.0), sd.Problem("", "", "")
-    rollouts = [
-        sd.Rollout(problem, [1] * 32, sample, "", 0.0, advantage=1.0)
-        for _ in range(8)
-    ]
+    rollouts = [sd.Rollout(problem, [1] * 32, sample, "", 0.0, advantage=1.0) for _ in range(8)]
     return lambda: sd.update(chat, sgd(chat), rollouts, cfg)
 
 
@@ -2690,24 +2568,17 @@ JOBS = {"loss": loss_job, "checkpointing": checkpointing_job}
 
 def print_peak(job: str, *arguments) -> None:
     job = JOBS[job](*arguments)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     job()
     # not ru_maxrss, which starts at the parent's
-    peak = (
-        int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        * 2**10
-    )
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 2**10
     print((peak - before) / 2**20)
 
 
 def peak(*job) -> float:
     """Extra memory of a job at its peak, MiB."""
     command = [sys.executable, __file__, "--peak", json.dumps(job)]
-    return float(
-        subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    )
+    return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
 def timed(jobs: dict, rounds: int) -> dict[str, np.ndarray]:
@@ -2730,9 +2601,7 @@ def print_row(*cells) -> None:
 
 
 def benchmark_loss(shape: tuple, chunk: int) -> None:
-    jobs = {
-        form: loss_job(form, shape, chunk) for form in ("naive", "fused", "matmuls")
-    }
+    jobs = {form: loss_job(form, shape, chunk) for form in ("naive", "fused", "matmuls")}
     seconds = timed(jobs, 3)
     fused, naive = (
         peak("loss", "fused", shape, chunk),
@@ -2744,9 +2613,7 @@ def benchmark_loss(shape: tuple, chunk: int) -> None:
         ratio(seconds, "fused", "naive"),
         f"{fused:.0f} / {naive:.0f}",
     )
-    print_row(
-        "fused / its three bare matmuls", ratio(seconds, "fused", "matmuls"), ""
-    )
+    print_row("fused / its three bare matmuls", ratio(seconds, "fused", "matmuls"), "")
     if chunk <= shape[0] // 2:
         half = peak("loss", "fused", (shape[0] // 2, *shape[1:]), chunk)
         print_row("fused, with N halved", "", f"{half:.0f}")
@@ -2757,16 +2624,11 @@ def benchmark_sampler(name: str, end_ids: list[int]) -> None:
     chat, seeds = sd.load_model(str(TOY)), itertools.count()
     chat.end_ids = end_ids
     prompts = [
-        chat.encode(sd.FORMATS["toy"].student(p.question))
-        for _, p in numbered_problems(128)
+        chat.encode(sd.FORMATS["toy"].student(p.question)) for _, p in numbered_problems(128)
     ]
     ids, tokens = torch.tensor(prompts), {"ours": [], "generate": []}
-    settings = dict(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64
-    )
-    settings |= dict(
-        eos_token_id=end_ids, pad_token_id=0, attention_mask=torch.ones_like(ids)
-    )
+    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64)
+    settings |= dict(eos_token_id=end_ids, pad_token_id=0, attention_mask=torch.ones_like(ids))
 
     def ours():
         noise = np.random.default_rng(next(seeds)).random((128, 64), np.float32)
@@ -2818,9 +2680,7 @@ def benchmark() -> None:
         benchmark_loss(shape, sd.Config().kl_chunk)
     benchmark_sampler("toy, 128 uneven rows (a 9 is an end token)", [0, 14])
     benchmark_sampler("toy, 128 rows of 39 tokens", [0])
-    seconds = timed(
-        {"on": checkpointing_job(True), "off": checkpointing_job(False)}, 5
-    )
+    seconds = timed({"on": checkpointing_job(True), "off": checkpointing_job(False)}, 5)
     on, off = peak("checkpointing", True), peak("checkpointing", False)
     print_row(
         "checkpointing on / off",
