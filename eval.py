@@ -36,14 +36,7 @@ from critic_prompts import FORMATS, STYLES, extract_answer, first_edit, normalis
 # ---- 1. Scores and intervals. --------------------------------------------------------------------
 
 # each metric, and the factor by which it is multiplied for display
-METRICS = {
-    "Avg": 100,
-    "Pass": 100,
-    "Maj": 100,
-    "length": 1,
-    "truncated": 100,
-    "unparsable": 100,
-}
+METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

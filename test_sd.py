@@ -183,16 +183,8 @@ def assert_same(a: dict, b: dict, **tolerance):
 
 # p = (3/4, 1/4), q = (1/2, 1/2): KL and its derivative by the first logit
 BY_HAND = [
-    (
-        "student||teacher",
-        0.75 * math.log(1.5) + 0.25 * math.log(0.5),
-        0.75 * 0.25 * math.log(3),
-    ),
-    (
-        "teacher||student",
-        0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25),
-        0.75 - 0.5,
-    ),
+    ("student||teacher", 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.75 * 0.25 * math.log(3)),
+    ("teacher||student", 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), 0.75 - 0.5),
 ]
 
 
@@ -260,13 +252,7 @@ def test_the_sampled_token_form_is_kl_student_teacher_in_expectation():
     h, h_teacher, head, _, _ = loss_inputs(rows=1, vocabulary=11)
     every = torch.arange(len(head))
     p = F.softmax(h @ head.T / 0.9, -1)[0]
-    common = (
-        h.expand(11, -1),
-        h_teacher.expand(11, -1),
-        head,
-        every,
-        torch.zeros(11),
-    )
+    common = (h.expand(11, -1), h_teacher.expand(11, -1), head, every, torch.zeros(11))
     value, gradient = sd.fused_loss(*common, sd.DIVERGENCES["sampled"].fused, 0.9, 4)
     kl, exact = sd.fused_loss(*common, sd.DIVERGENCES["student||teacher"].fused, 0.9, 4)
     torch.testing.assert_close(p @ value, kl[0])
@@ -283,10 +269,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        self.matmuls += op.overloadpacket in (
-            torch.ops.aten.mm,
-            torch.ops.aten.addmm,
-        )
+        self.matmuls += op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
@@ -357,8 +340,7 @@ def test_checkpointing_saves_memory_in_a_step(chat):
         saved = []
         chat.model.eval()
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: saved.append(tensor.numel()) or tensor,
-            lambda tensor: tensor,
+            lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
         ):
             sd.update(chat, sgd(chat), rollouts, cfg)
         return sum(saved)
@@ -616,10 +598,7 @@ def test_nan_logits_stop_the_sampler(chat, uniforms):
 
 def test_the_first_end_token_is_scored_and_padding_never(chat):
     """Padding is the end token. Fails if a mask is made from token values."""
-    prompts, responses = (
-        [[1, 5, 0, 2], [1, 6, 7, 0, 2]],
-        [[8, 0], [9, 10, 11, 12, 0]],
-    )
+    prompts, responses = ([[1, 5, 0, 2], [1, 6, 7, 0, 2]], [[8, 0], [9, 10, 11, 12, 0]])
     hidden = sd.response_hidden(chat, prompts, responses)
     alone = []
     for prompt, response in zip(prompts, responses):
@@ -633,18 +612,14 @@ def test_the_first_end_token_is_scored_and_padding_never(chat):
 def test_both_rows_end_in_the_very_ids_that_were_drawn(chat, name, stop):
     """Watches what reaches the network. Fails if a prompt is rendered twice, a boundary moves, the
     headers differ, or --stop-at-first-edit scores more or less than the first edit."""
-    cfg, prompt_format = (
-        config(micro_batch=1, prompts=name),
-        critic_prompts.FORMATS[name],
-    )
+    cfg, prompt_format = (config(micro_batch=1, prompts=name), critic_prompts.FORMATS[name])
     rollouts = rollouts_of(adapt(chat, cfg), cfg)
     for r in rollouts:
         r.context = chat.decode(r.sample.ids[:3]) + "####9"
     cfg = replace(cfg, stop_at_first_edit=stop)
     rollouts, rows = sd.prepare(chat, rollouts, cfg), []
     chat.model.base_model.register_forward_pre_hook(
-        lambda model, args, kwargs: rows.append(kwargs["input_ids"][0].tolist()),
-        with_kwargs=True,
+        lambda model, args, kwargs: rows.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
     sd.update(chat, sgd(chat), rollouts, cfg)
     for r, student_row, teacher_row in zip(rollouts, rows[::2], rows[1::2]):
@@ -763,15 +738,7 @@ def test_every_condition_trains_and_asks_a_critic_if_it_says_so(
     or asks none although it is True; or if checkpointing loses the adapters' gradients."""
     condition, critic, loaded = sd.CONDITIONS[name], ScriptedCritic(), []
     monkeypatch.setattr(sd, "load_critic", lambda *_: loaded.append(critic) or critic)
-    flags = [
-        "--condition",
-        name,
-        "--steps",
-        "2",
-        "--show-every",
-        "1",
-        "--gradient-checkpointing",
-    ]
+    flags = ["--condition", name, "--steps", "2", "--show-every", "1", "--gradient-checkpointing"]
     assert run_in(tmp_path, folder, *flags) == 0
     assert bool(loaded) == bool(critic.heard) == condition.asks_critic
     entries = steps_of(tmp_path / "run")
@@ -913,17 +880,7 @@ def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     assert sd.LocalCritic(chat, 1, 8)(conversations[:1]) == [sd.Reply(None, 1)]
 
 
-HOSTILE = [
-    "s7+6=3",
-    "####9",
-    "</answer>",
-    "<|end|>",
-    "<|assistant|>",
-    "\x00",
-    "€",
-    "",
-    "nan",
-]
+HOSTILE = ["s7+6=3", "####9", "</answer>", "<|end|>", "<|assistant|>", "\x00", "€", "", "nan"]
 
 
 def random_config(rng) -> sd.Config:
@@ -1317,12 +1274,7 @@ def test_hostile_answers_are_cheap(answer, monkeypatch):
     """Fails if anything is computed, here or by math-verify, or a pattern backtracks."""
     package = FakeMathVerify()
     monkeypatch.setitem(sys.modules, "math_verify", package)
-    for text in (
-        answer,
-        f"<answer>{answer}</answer>",
-        f"\\boxed{{{answer}}}",
-        f"#### {answer}",
-    ):
+    for text in (answer, f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}", f"#### {answer}"):
         start = time.process_time()
         sd.is_correct(text, "x", "math-verify")
         sd.is_correct("<answer>x</answer>", answer, "math-verify")
@@ -1365,8 +1317,7 @@ LINES = "\r\n".join(json.dumps(row) for row in [*NUMBER_ROWS, GSM8K_ROW])
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["\ufeff" + LINES, json.dumps([*NUMBER_ROWS, GSM8K_ROW]), LINES + "\r\n{}\r\n"],
+    "text", ["\ufeff" + LINES, json.dumps([*NUMBER_ROWS, GSM8K_ROW]), LINES + "\r\n{}\r\n"]
 )
 def test_good_data_is_read_in_every_form(chat, tmp_path, text):
     """Fails on a byte-order mark, Windows line ends, an array, a number as answer, GSM8K's fields,
@@ -1528,20 +1479,9 @@ def as_flags(values: dict) -> list[str]:
 
 def run_in(tmp_path, folder, *flags) -> int:
     """A short run of sd.py on the tiny model, in tmp_path/run."""
-    common = dict(
-        preset="toy",
-        model=folder,
-        data=folder / "problems.jsonl",
-        out=tmp_path / "run",
-    )
+    common = dict(preset="toy", model=folder, data=folder / "problems.jsonl", out=tmp_path / "run")
     common |= dict(test_problems=5, validation_problems=4, final_problems=2, eval_samples=2)
-    common |= dict(
-        lora_rank=4,
-        lora_alpha=8,
-        attempts_per_step=4,
-        group_size=2,
-        max_new_tokens=12,
-    )
+    common |= dict(lora_rank=4, lora_alpha=8, attempts_per_step=4, group_size=2, max_new_tokens=12)
     return sd.main([*as_flags(common), *flags])
 
 
@@ -1587,15 +1527,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, folder, condition):
         log.write('{"step": 5, "loss": 1.0}\n{"step": 6, "co')  # killed in the middle of a line
     assert run_in(tmp_path / "b", folder, *flags, "--steps", "7", "--resume") == 0
     assert_same_run(tmp_path / "a/run", tmp_path / "b/run")
-    assert [entry["step"] for entry in steps_of(tmp_path / "a/run")] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]
+    assert [entry["step"] for entry in steps_of(tmp_path / "a/run")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, folder):
@@ -1638,8 +1570,7 @@ def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error, advice",
-    [(torch.OutOfMemoryError, "--micro-batch"), (FloatingPointError, "--lr")],
+    "error, advice", [(torch.OutOfMemoryError, "--micro-batch"), (FloatingPointError, "--lr")]
 )
 def test_a_run_can_be_resumed_before_its_first_step(
     tmp_path, folder, monkeypatch, capfd, error, advice
@@ -1827,10 +1758,7 @@ def test_export_is_a_plain_folder_with_the_merged_logits(tmp_path, folder):
     """Fails if the adapters are not merged, are merged twice, or the template is lost."""
     flags = ["--condition", "reference", "--steps", "2", "--lr", "0.05"]
     assert run_in(tmp_path, folder, *flags) == 0
-    base, plain = (
-        sd.load_model(str(folder)),
-        sd.load_model(str(tmp_path / "run/model")),
-    )
+    base, plain = (sd.load_model(str(folder)), sd.load_model(str(tmp_path / "run/model")))
     checkpoint, ids = checkpoint_of(tmp_path / "run"), torch.arange(15)[None]
     before = base.model(input_ids=ids).logits
     sd.add_adapters(base.model, checkpoint["config"])
@@ -1849,16 +1777,7 @@ def run_all_conditions(tmp_path, folder):
     """Each in a folder of its name."""
     sd.load_critic = lambda *_: ScriptedCritic()
     for name in sd.CONDITIONS:
-        flags = [
-            "--condition",
-            name,
-            "--steps",
-            "2",
-            "--eval-every",
-            "2",
-            "--show-every",
-            "0",
-        ]
+        flags = ["--condition", name, "--steps", "2", "--eval-every", "2", "--show-every", "0"]
         assert run_in(tmp_path / name, folder, *flags) == 0
 
 
@@ -2016,13 +1935,7 @@ def test_pass_at_k_equals_numbers_worked_by_hand():
 
 @pytest.mark.parametrize(
     "answers, share",
-    [
-        ("1 2 1.0", 1.0),
-        ("1 2", 0.5),
-        ("2 2 1", 0.0),
-        ("none none 1", 1.0),
-        ("none", 0.0),
-    ],
+    [("1 2 1.0", 1.0), ("1 2", 0.5), ("2 2 1", 0.0), ("none none 1", 1.0), ("none", 0.0)],
 )
 def test_maj_at_k_equals_numbers_worked_by_hand(answers, share):
     """The right answer is 1. Fails if a tie goes to the first, or no answer has a vote."""
@@ -2055,10 +1968,7 @@ def test_eval_compares_runs_with_their_base_and_repeats(tmp_path, folder, capsys
     (tmp_path / "run").rename(tmp_path / "untrained")
     trained = ["--condition", "reference", "--steps", "2", "--lr", "0.1"]
     assert run_in(tmp_path, folder, *trained) == 0
-    arguments, texts = (
-        [str(tmp_path / "untrained"), str(tmp_path / "run"), "--samples", "3"],
-        [],
-    )
+    arguments, texts = ([str(tmp_path / "untrained"), str(tmp_path / "run"), "--samples", "3"], [])
     for _ in range(2):
         capsys.readouterr()
         assert evaluation.main(arguments) == 0
@@ -2102,11 +2012,7 @@ def test_localisation_equals_numbers_worked_by_hand(toy):
     """Fails if positive A counts as negative, right and wrong attempts mix, or shares are means of
     shares."""
     wrong, right = toy_rollout(toy, TRACE), toy_rollout(toy, TRACE, reward=1.0)
-    found = {
-        0: [-1.0, 5.0, -3.0, -4.0],
-        1: [0.5, -0.5, 0.0, -1.0],
-        2: [-8.0, 0.0, 0.0],
-    }
+    found = {0: [-1.0, 5.0, -3.0, -4.0], 1: [0.5, -0.5, 0.0, -1.0], 2: [-8.0, 0.0, 0.0]}
     found = {i: np.array(a) for i, a in found.items()}
     places = {0: (1, 3, 2), 2: (0, 1, 0)}
     cells = evaluation.localise([wrong, right, wrong, wrong], 2, found, places)
@@ -2118,13 +2024,7 @@ def test_the_page_shows_what_a_model_wrote_as_text():
     """Fails if a response can run a script in the reader's browser."""
     evil = "<script>alert('x')</script>"
     row = {"advantage": [-1.0, 2.0], "context": evil, "teacher": [evil, evil]}
-    example = {
-        "problem": evil,
-        "answer": evil,
-        "right": False,
-        "tokens": [evil, "b"],
-        "edit": 0,
-    }
+    example = {"problem": evil, "answer": evil, "right": False, "tokens": [evil, "b"], "edit": 0}
     text = evaluation.page([{**example, "rows": {evil: row}}], evil)
     assert "<script" not in text and "&lt;script&gt;" in text
     assert "lowered edit" in text
@@ -2134,16 +2034,7 @@ def test_the_token_study_measures_every_context(tmp_path, capsys):
     """Fails if a condition with a context of its own is left out, the study does not repeat, or
     critique and reference do not differ where the paper says that they do."""
     run = str(tmp_path / "run")
-    toy_flags = [
-        "--preset",
-        "toy",
-        "--steps",
-        "0",
-        "--final-problems",
-        "0",
-        "--out",
-        run,
-    ]
+    toy_flags = ["--preset", "toy", "--steps", "0", "--final-problems", "0", "--out", run]
     assert sd.main(toy_flags) == 0
     texts = []
     for _ in range(2):
@@ -2179,10 +2070,7 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
     when it was made."""
     monkeypatch.setattr(sd, "load_critic", lambda *_: ScriptedCritic())
     monkeypatch.setattr(evaluation, "SWEEP", (1.0,))
-    table, passed = (
-        tmp_path / "r/table.md",
-        dict(model=folder, data=folder / "problems.jsonl"),
-    )
+    table, passed = (tmp_path / "r/table.md", dict(model=folder, data=folder / "problems.jsonl"))
     passed |= dict(preset="toy", steps=2, test_problems=5, validation_problems=4, eval_samples=2)
     passed |= dict(lora_rank=4, attempts_per_step=4, group_size=2, max_new_tokens=12)
     own = ["--reproduce", "--seeds", "2", "--out", str(tmp_path / "r"), "--"]
@@ -2603,15 +2491,10 @@ def print_row(*cells) -> None:
 def benchmark_loss(shape: tuple, chunk: int) -> None:
     jobs = {form: loss_job(form, shape, chunk) for form in ("naive", "fused", "matmuls")}
     seconds = timed(jobs, 3)
-    fused, naive = (
-        peak("loss", "fused", shape, chunk),
-        peak("loss", "naive", shape, chunk),
-    )
+    fused, naive = (peak("loss", "fused", shape, chunk), peak("loss", "naive", shape, chunk))
     name = " × ".join(f"{size:,}" for size in shape) + f", {chunk} rows a chunk"
     print_row(
-        f"fused / naive, {name}",
-        ratio(seconds, "fused", "naive"),
-        f"{fused:.0f} / {naive:.0f}",
+        f"fused / naive, {name}", ratio(seconds, "fused", "naive"), f"{fused:.0f} / {naive:.0f}"
     )
     print_row("fused / its three bare matmuls", ratio(seconds, "fused", "matmuls"), "")
     if chunk <= shape[0] // 2:
@@ -2645,25 +2528,14 @@ def benchmark_sampler(name: str, end_ids: list[int]) -> None:
     for form in seconds:
         seconds[form] /= np.array(tokens[form][1:])
     print_row(
-        f"tokens a second, sampler / generate, {name}",
-        ratio(seconds, "generate", "ours"),
-        "",
+        f"tokens a second, sampler / generate, {name}", ratio(seconds, "generate", "ours"), ""
     )
 
 
 def benchmark_step() -> None:
     """Where the time of a toy step goes, from the log of a run."""
     out = Path(tempfile.mkdtemp(), "run")
-    command = [
-        sys.executable,
-        HERE / "sd.py",
-        "--preset",
-        "toy",
-        "--steps",
-        "20",
-        "--out",
-        out,
-    ]
+    command = [sys.executable, HERE / "sd.py", "--preset", "toy", "--steps", "20", "--out", out]
     subprocess.run(command, capture_output=True, check=True)
     lines = (out / "log.jsonl").read_text().splitlines()[1:]
     costs = [json.loads(line)["cost"] for line in lines]
@@ -2682,11 +2554,7 @@ def benchmark() -> None:
     benchmark_sampler("toy, 128 rows of 39 tokens", [0])
     seconds = timed({"on": checkpointing_job(True), "off": checkpointing_job(False)}, 5)
     on, off = peak("checkpointing", True), peak("checkpointing", False)
-    print_row(
-        "checkpointing on / off",
-        ratio(seconds, "on", "off"),
-        f"{on:.0f} / {off:.0f}",
-    )
+    print_row("checkpointing on / off", ratio(seconds, "on", "off"), f"{on:.0f} / {off:.0f}")
     benchmark_step()
 
 
