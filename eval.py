@@ -5,7 +5,7 @@
   python eval.py --reproduce --seeds 5                      the results table: rate sweep, seeds
   python eval.py --plot runs/critique runs/grpo             draw runs, finished or not
   python eval.py --preflight --model FOLDER --data FILE     before a long run: can it work?
-  python eval.py --filter pool.jsonl --out hard.jsonl       keep what the base seldom solves
+  python eval.py --filter pool.jsonl --out hard.jsonl       keep what the base solves, but seldom
 
 Avg@k is mean accuracy, Pass@k the share of problems solved at least once, and Maj@k the share whose
 most frequent answer is right. Intervals are 95 %: a bootstrap over problems, or Student's t over
@@ -39,26 +39,20 @@ from critic_prompts import FORMATS, STYLES, extract_answer, first_edit, normalis
 METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "unparsable": 100}
 
 
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """The share of k-subsets of n attempts that hold a right one: 1 − C(n−right, k) / C(n, k)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
 def maj_at_k(group: list[sd.Rollout]) -> float:
     """1 if the most frequent answer is right. A tie counts by the share of its answers that are."""
-    votes, rewards = Counter(), {}
+    votes = Counter()
     for r in group:
         answer = extract_answer(r.text)
-        if answer is None:
-            continue
-        number = sd.as_number(answer)
-        # 1/2 and 0.5 are the same vote
-        key = normalise(answer) if number is None else number
-        votes[key] += 1
-        rewards.setdefault(key, r.reward)
+        if r.reward:
+            votes[None] += 1  # all right answers are one, however they are written
+        elif answer is not None:
+            number = sd.as_number(answer)
+            # 1/2 and 0.5 are the same vote
+            votes[normalise(answer) if number is None else number] += 1
     most = max(votes.values(), default=0)
-    tied = [rewards[key] for key in votes if votes[key] == most]
-    return sum(tied) / max(1, len(tied))
+    tied = [answer for answer in votes if votes[answer] == most]
+    return (None in tied) / max(1, len(tied))
 
 
 def scores(groups: list) -> dict[str, np.ndarray]:
@@ -69,13 +63,12 @@ def scores(groups: list) -> dict[str, np.ndarray]:
     rows = []
     for group in groups:
         n = len(group)
-        right = int(sum(r.reward for r in group))
+        right = sum(r.reward for r in group)
         length = sum(len(r.sample.ids) for r in group) / n
         truncated = sum(r.sample.truncated for r in group) / n
         unparsable = sum(extract_answer(r.text) is None for r in group) / n
-        passed = pass_at_k(n, right, n)
-        rows.append((right / n, passed, maj_at_k(group), length, truncated, unparsable))
-    return dict(zip(METRICS, np.array(rows).T))
+        rows.append((right / n, right > 0, maj_at_k(group), length, truncated, unparsable))
+    return dict(zip(METRICS, np.array(rows, float).T))
 
 
 def mean_scores(groups: list) -> dict[str, float]:
@@ -101,9 +94,14 @@ def cell(top, bottom=1.0, scale: float = 100, unit: str = "", digits: int = 1) -
     bottom = np.broadcast_to(bottom, top.shape)
     if not bottom.any():
         return "-"
-    numbers = [top.sum() / bottom.sum(), *interval(top, bottom)]
-    value, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
-    return f"{value}{unit} [{low}, {high}]"
+    value, low, high = (top.sum() / bottom.sum(), *interval(top, bottom))
+    return bracketed(scale * value, scale * low, scale * high, f".{digits}f", unit)
+
+
+def bracketed(value: float, low: float, high: float, form: str = ".1f", unit: str = "") -> str:
+    """`value [low, high]`. Where all values are equal, a bootstrap gives no interval."""
+    text = f"{value:{form}}{unit}"
+    return text if low == high else f"{text} [{low:{form}}, {high:{form}}]"
 
 
 # Student's t at 97.5 %, by the number of seeds
@@ -115,7 +113,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
     n = len(values)
     if n == 1:
         return np.full(values.shape[1:], math.nan)  # one seed says nothing about the spread
-    # more than 9 seeds take the t of 10, which is slightly too wide for them
+    # from 10 seeds on the t of 10, slightly too wide beyond 10
     return T_975.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n)
 
 
@@ -161,8 +159,8 @@ def attempt_test(cfg: sd.Config, checkpoint: dict | None = None, count: int | No
 
 # the fields in which runs must agree to share a table
 SHARED_FIELDS = (
-    "model", "data", "prompts", "test_problems", "validation_problems", "temperature",
-    "max_new_tokens",
+    "model", "data", "prompts", "grader", "dtype", "test_problems", "validation_problems",
+    "temperature", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -177,9 +175,9 @@ def evaluate_runs(
             if getattr(checkpoint["config"], field) != getattr(cfg, field):
                 sd.fail(f"{folder} and {folders[0]} differ in {field}: they cannot share a table")
     cfg = replace(cfg, eval_samples=k or cfg.eval_samples)
-    # short names, unless two runs would share one
+    # short names, unless two rows would share one
     names = [Path(folder).name for folder in folders]
-    if len(set(names)) < len(names):
+    if len({"base", *names}) <= len(names):
         names = folders
     groups = {"base": attempt_test(cfg, None, count)}
     for run, checkpoint in zip(names, checkpoints):
@@ -276,7 +274,7 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     text = (
         f"{len(rollouts)} attempts of the base at {len(problems)} held-out problems, seed "
         f"{sd.EVAL_SEED}: {right:.0f} right, {len(places)} wrong with a critique that reaches the "
-        f"right answer; {len(rollouts) - len(complete)} left out, for a critic failed on them. "
+        f"right answer; {len(rollouts) - len(complete)} left out, without one of the contexts. "
         f"95 % bootstrap intervals over problems; A in nats\n\n"
         f"{markdown(['context', *MEASURES], rows)}\n"
     )
@@ -293,10 +291,11 @@ def write_named_contexts(
 ) -> dict[str, list]:
     contexts, critic = {}, None
     for name in names:
-        style = name.removeprefix("critique (").removesuffix(")")
-        styled, write = replace(cfg, critic_style=style), sd.write_critiques
         if name in sd.CONDITIONS:
-            styled, write = cfg, sd.CONDITIONS[name].write
+            write, styled = sd.CONDITIONS[name].write, cfg
+        else:
+            style = name.removeprefix("critique (").removesuffix(")")
+            write, styled = sd.write_critiques, replace(cfg, critic_style=style)
         # a critic is loaded only where one of the contexts needs it
         if name not in sd.CONDITIONS or sd.CONDITIONS[name].asks_critic:
             critic = critic or sd.load_critic(cfg, chat)
@@ -383,7 +382,9 @@ def example(chat, r: sd.Rollout, shown: dict, grpo: float, place, cfg: sd.Config
     for name, (context, a) in shown.items():
         teacher = likeliest_tokens(chat, r, context, cfg)
         rows[name] = {"advantage": a.tolist(), "context": context, "teacher": teacher}
-    tokens = [chat.tokenizer.decode([token]) for token in r.sample.ids]
+    tokens = []
+    for token in r.sample.ids:
+        tokens.append("end" if token in chat.end_ids else chat.tokenizer.decode([token]))
     reward = "a reward for the whole attempt, eq (3)"
     rows["grpo"] = {"advantage": [grpo] * len(tokens), "context": reward, "teacher": []}
     return {
@@ -502,13 +503,13 @@ SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the preset's learning rate
 FREE_FIELDS = {
     "preset", "steps", "out", "resume", "sample_batch", "micro_batch", "kl_chunk",
     "gradient_checkpointing", "save_every", "show_every", "final_problems", "export", "device",
+    "threads",
 }  # fmt: skip
 
 
 def main_arms(runs: dict) -> list[str]:
     """The arms that are a condition and nothing else: these are compared in pairs, and drawn."""
-    plain = [arm for arm in runs if ARMS.get(arm, [])[:-1] == ["--condition"]]
-    return plain[::-1]
+    return [arm for arm in sd.CONDITIONS if arm in runs]
 
 
 def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
@@ -661,7 +662,7 @@ def costs_table(runs: dict, k: int) -> str:
     for arm, c in curves.items():
         row = [arm]
         for name in ("rollouts", "solver_tokens", "critic_tokens"):
-            row.append(f"{c[name][0, -1]:,.0f}")
+            row.append(f"{c[name][:, -1].mean():,.0f}")
         row.append(over_seeds(c["avg"][:, early]))
         for tokens in (budget / 2, budget):
             reached = map(np.interp, itertools.repeat(tokens), c["sampled_tokens"], c["avg"])
@@ -684,7 +685,7 @@ def load_pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        sd.fail("--plot needs matplotlib: pip install matplotlib")
+        sd.fail("figures need matplotlib: pip install matplotlib")
     plt.switch_backend("Agg")
     # text stays text; the salt makes equal data give equal files; and a token may be "$"
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sd", "text.parse_math": False}
@@ -827,8 +828,6 @@ def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
     placed, x, y = [], 0, 0
     for token in tokens:
         text = token.replace("\n\n", "\n").replace("\n", "⏎")
-        if token == tokens[-1] and len(token) > 6:
-            text = "end"  # the name of an end token is long
         if x + len(text) > COLUMNS:
             x, y = 0, y + 1
         placed.append((text, x, y))
@@ -892,6 +891,8 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     """Without training: solver, critic and teacher on validation problems, and a verdict."""
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
+    if not problems:
+        sd.fail("argument --validation-problems: --preflight needs at least 1")
     critic = sd.load_critic(cfg, chat)
     numbered, seconds = list(enumerate(problems)), {}
     with sd.timed(seconds, "sample"):
@@ -908,12 +909,13 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     rows = solver_rows(rollouts, cfg) + critic_rows(rollouts, critiques, critic_tokens, cfg)
     gaps = {}
     for name, texts in contexts.items():
-        result, gaps[name] = teacher_row(chat, rollouts, texts, samples, cfg)
+        result, gaps[name] = teacher_row(chat, rollouts, texts, cfg)
         rows.append([f"teacher that reads {name}: right", *result])
     groups = numbered[: max(1, count // 4)]
     grouped = sd.attempt(chat, groups, cfg, cfg.group_size, sd.EVAL_SEED)
     flat = flat_groups(grouped, cfg)
-    rows.append(["grpo: groups with equal rewards", *share(flat)])
+    equal = cell(np.array(flat, float), unit=" %")
+    rows.append(["grpo: groups with equal rewards", equal, str(len(flat))])
     rows += cost_rows(chat, rollouts, critiques, critic_tokens, seconds, cfg)
     verdict = verdicts(rollouts, critiques, gaps, np.mean(flat), cfg)
     head = f"{len(problems)} validation problems × {samples} attempts; 95 % bootstrap intervals"
@@ -921,11 +923,14 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     return f"{head}\n\n{table_text}\n" + "\n".join(verdict)
 
 
-def share(values: list) -> list[str]:
-    """[percentage with its interval, number of values]."""
-    if not len(values):
-        return ["-", "0"]
-    return [cell(np.array(values, float), unit=" %"), str(len(values))]
+def percentage(pairs: list) -> list[str]:
+    """[mean of the values with its interval over problems, their number] of (rollout, value)s."""
+    total, count = Counter(), Counter()
+    for r, value in pairs:
+        total[r.problem] += value
+        count[r.problem] += 1
+    top = np.array([total[problem] for problem in count], float)
+    return [cell(top, np.array(list(count.values())), unit=" %"), str(len(pairs))]
 
 
 def follows_format(r: sd.Rollout, cfg: sd.Config) -> bool:
@@ -943,33 +948,34 @@ def copies_whole(critique: str | None, r: sd.Rollout) -> bool:
 
 def solver_rows(rollouts: list, cfg: sd.Config) -> list:
     tokens = np.mean([len(r.sample.ids) for r in rollouts])
+    formed = [(r, follows_format(r, cfg)) for r in rollouts]
     return [
-        ["base: right", *share([r.reward for r in rollouts])],
-        ["base: in the format asked for", *share([follows_format(r, cfg) for r in rollouts])],
-        ["base: cut at the cap", *share([r.sample.truncated for r in rollouts])],
+        ["base: right", *percentage([(r, r.reward) for r in rollouts])],
+        ["base: in the format asked for", *percentage(formed)],
+        ["base: cut at the cap", *percentage([(r, r.sample.truncated) for r in rollouts])],
         ["base: tokens an attempt", f"{tokens:.0f}", str(len(rollouts))],
     ]
 
 
 def critic_rows(rollouts, critiques, tokens: int, cfg: sd.Config) -> list:
-    corrected, whole, steps = [], [], []
+    failed, corrected, whole, steps = [], [], [], []
     for r, critique in zip(rollouts, critiques):
+        failed.append((r, critique is None))
         if r.reward:
-            whole.append(copies_whole(critique, r))
+            whole.append((r, copies_whole(critique, r)))
         else:
-            corrected.append(reaches_answer(critique, r, cfg))
-        steps += sd.copied_steps(r.text, critique or "", cfg)
-    failed = [critique is None for critique in critiques]
+            corrected.append((r, reaches_answer(critique, r, cfg)))
+        steps += [(r, copied) for copied in sd.copied_steps(r.text, critique or "", cfg)]
     return [
-        ["critic: failed (empty, cut off, malformed)", *share(failed)],
-        ["critic: right answer on wrong attempts", *share(corrected)],
-        ["critic: copies right attempts whole", *share(whole)],
-        ["critic: steps that stand in the attempt", *share(steps)],
+        ["critic: failed (empty, cut off, malformed)", *percentage(failed)],
+        ["critic: right answer on wrong attempts", *percentage(corrected)],
+        ["critic: copies right attempts whole", *percentage(whole)],
+        ["critic: steps copied from the attempt", *percentage(steps)],
         ["critic: tokens a critique", f"{tokens / len(critiques):.0f}", str(len(critiques))],
     ]
 
 
-def teacher_row(chat, rollouts, contexts, samples: int, cfg: sd.Config) -> tuple:
+def teacher_row(chat, rollouts, contexts, cfg: sd.Config) -> tuple:
     """([accuracy and gap to the base, number], gap): the teacher attempts what the base attempted.
 
     The gap is paired by problem. It predicts the final gain linearly in arXiv 2605.30070.
@@ -985,16 +991,16 @@ def teacher_row(chat, rollouts, contexts, samples: int, cfg: sd.Config) -> tuple
     drawn = sd.generate(
         chat, prompts, cfg.max_new_tokens, uniforms, cfg.temperature, cfg.sample_batch
     )
-    right, base = Counter(), Counter()
+    right, gain, count = 0, Counter(), Counter()
     for r, sample in zip(scored, drawn):
-        text = chat.decode(sample.ids)
-        right[r.problem] += sd.is_correct(text, r.problem.answer, cfg.grader)
-        base[r.problem] += r.reward
-    gain = np.array([(right[p] - base[p]) / samples for p in base])
-    accuracy = 100 * right.total() / len(scored)
-    low, high = interval(gain)
-    result = f"{accuracy:.1f} %, gap {100 * gain.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return [result, str(len(scored))], (gain.mean(), low, high)
+        correct = sd.is_correct(chat.decode(sample.ids), r.problem.answer, cfg.grader)
+        right += correct
+        gain[r.problem] += correct - r.reward
+        count[r.problem] += 1
+    gains, counts = (np.array([numbers[p] for p in count]) for numbers in (gain, count))
+    gap = (gains.sum() / counts.sum(), *interval(gains, counts))
+    points = bracketed(*(100 * number for number in gap), "+.1f")
+    return [f"{100 * right / len(scored):.1f} %, gap {points}", str(len(scored))], gap
 
 
 def flat_groups(rollouts: list, cfg: sd.Config) -> list[bool]:
@@ -1009,8 +1015,7 @@ def cost_rows(chat, rollouts, critiques, critic_tokens: int, seconds: dict, cfg:
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0)
     part = rollouts[: 2 * cfg.micro_batch]
-    for r, critique in zip(part, critiques):
-        r.context = critique or r.problem.solution
+    part = [replace(r, context=c or r.problem.solution) for r, c in zip(part, critiques)]
     scored = sd.prepare(chat, part, replace(cfg, condition="critique"))
     with sd.timed(seconds, "update"):
         sd.update(chat, optimizer, scored, replace(cfg, condition="critique"))
@@ -1060,7 +1065,7 @@ def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> li
     if right in (0, n):
         grpo += f": with {right} of {n} attempts right there is nothing to compare"
     elif flat > 0.8:
-        grpo += ": most steps teach nothing; use problems of another difficulty"
+        grpo += ": most groups teach nothing; use problems of another difficulty"
     else:
         grpo += ": the others teach"
     return [
@@ -1074,11 +1079,11 @@ def gap_verdict(gap: tuple | None) -> str:
     if gap is None:
         return "no context is valid and fits the window"
     mean, low, high = gap
-    points = f"{100 * mean:+.0f} points [{100 * low:+.0f}, {100 * high:+.0f}]"
+    points = bracketed(100 * mean, 100 * low, 100 * high, "+.0f", " points")
     if low > 0:
         return f"can work: the teacher is better than the base by {points}"
     if high < 0:
-        return f"will do harm: the teacher is worse than the base, {points}"
+        return f"is likely to do harm: the teacher is worse than the base, {points}"
     return f"undecided: the teacher's gain is {points}; use more --problems"
 
 
@@ -1120,8 +1125,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--filter", metavar="POOL", help="a problem file, as sd.py's --data")
     add("--checkpoint", default="checkpoint.pt", help="checkpoint.pt (the last) or best.pt")
     add("--critic", metavar="URL", help="--tokens: the address of RUN's http critic, once more")
-    add("--samples", type=positive, help="attempts a problem, k [12; --tokens 4; --filter 16]")
-    add("--problems", type=positive, help="the first so many test problems [all; --tokens 50]")
+    add(
+        "--samples",
+        type=positive,
+        help="attempts a problem, k [the run's; --tokens 4; --filter 16; --preflight 2]",
+    )
+    add(
+        "--problems",
+        type=positive,
+        help="the first so many test problems [all; --tokens 50; --preflight 32]",
+    )
     add(
         "--contexts",
         help=f"--tokens: some of {', '.join(context_names())}; the first must copy the attempt "
@@ -1185,7 +1198,7 @@ def main(argv: list[str] | None = None) -> int:
     except sd.UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; --reproduce and --filter go on where they were"
+        code, message = 130, "stopped; the same --reproduce or --filter command goes on"
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         code, message = 1, str(error)[:300]
     print(f"eval.py: {sd.printable(message)}", file=sys.stderr)

@@ -1926,19 +1926,28 @@ def answered(text: str, reward: float) -> sd.Rollout:
     return sd.Rollout(sd.Problem("", "", ""), [], sd.Sample([0], False, 0.0), text, reward)
 
 
-def test_pass_at_k_equals_numbers_worked_by_hand():
-    """Fails if Pass@k is the biased 1 − (1 − c/n)^k."""
-    assert evaluation.pass_at_k(4, 1, 2) == pytest.approx(0.5)
-    assert evaluation.pass_at_k(4, 0, 4) == 0
-    assert evaluation.pass_at_k(4, 1, 4) == 1
+def test_scores_equal_numbers_worked_by_hand():
+    """Fails if a problem's attempts are counted one by one, or Pass is not "at least once"."""
+    right, wrong = answered("<answer>1</answer>", 1.0), answered("no idea", 0.0)
+    seen = evaluation.scores([[right, wrong, wrong, wrong], [wrong] * 4])
+    assert seen["Avg"].tolist() == [0.25, 0] and seen["Pass"].tolist() == [1, 0]
+    assert seen["unparsable"].tolist() == [0.75, 1] and seen["length"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
     "answers, share",
-    [("1 2 1.0", 1.0), ("1 2", 0.5), ("2 2 1", 0.0), ("none none 1", 1.0), ("none", 0.0)],
+    [
+        ("1 2 1.0", 1.0),
+        ("1 2", 0.5),
+        ("2 2 1", 0.0),
+        ("2 4/2 1", 0.0),
+        ("none none 1", 1.0),
+        ("none", 0.0),
+    ],
 )
 def test_maj_at_k_equals_numbers_worked_by_hand(answers, share):
-    """The right answer is 1. Fails if a tie goes to the first, or no answer has a vote."""
+    """The right answer is 1. Fails if a tie goes to the first, no answer has a vote, or right
+    answers that are written in two ways are two votes."""
     group = []
     for answer in answers.split():
         text = "no idea" if answer == "none" else f"<answer>{answer}</answer>"
@@ -1954,6 +1963,30 @@ def test_the_bootstrap_interval_covers_and_repeats():
     error = values.std() / math.sqrt(200)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
     assert low < values.mean() < high
+
+
+def test_a_percentage_resamples_problems_and_not_attempts():
+    """Fails if attempts at one problem count as independent, or equal values get an interval."""
+    pairs = []
+    for question, value in (("a", 0.0), ("b", 1.0)):
+        r = answered("", 0.0)
+        r.problem = sd.Problem(question, "", "")
+        pairs += [(r, value)] * 50
+    assert evaluation.percentage(pairs) == ["50.0 % [0.0, 100.0]", "100"]
+    assert evaluation.percentage(pairs[:50]) == ["0.0 %", "50"]
+    assert evaluation.percentage([]) == ["-", "0"]
+
+
+def test_the_gap_of_a_teacher_leaves_out_attempts_without_a_context(toy):
+    """Fails if an attempt whose critique failed counts as one that gained nothing."""
+    cfg = sd.parse_config(["--preset", "toy"])
+    problems = sd.load_problems(cfg, toy).validation[:12]
+    rollouts = sd.attempt(toy, list(enumerate(problems)), cfg, 2)
+    contexts = [r.problem.solution if i % 3 else None for i, r in enumerate(rollouts)]
+    (text, count), (gap, _, _) = evaluation.teacher_row(toy, rollouts, contexts, cfg)
+    base = np.mean([r.reward for r, context in zip(rollouts, contexts) if context])
+    assert count == "16"
+    assert 100 * gap == pytest.approx(float(text.split()[0]) - 100 * base, abs=0.06)
 
 
 def test_the_interval_over_seeds_equals_a_number_worked_by_hand():

@@ -9,7 +9,8 @@ stays. A step is wrong if its value is not the problem's value at that place.
   error missed          in wrong attempts: nothing is changed, the attempt is copied
   right attempt spoilt  in right attempts: some step gets a wrong value
   …, all                in all attempts: it is combined with "right attempt spoilt"
-  …, fixed              not at random: always right value + 1, and the first step that is possible
+  …, fixed              not at random: right value + 1 (+ 2 if the attempt has that), and the first
+                        step that is possible
   another problem       the critique of another problem
   answer only           the right answer without steps
   reference, wrong      the data set's solution, in which some step gets a wrong value
@@ -247,7 +248,7 @@ def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, float]:
 def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dict[str, tuple]:
     """The numbers of an arm, each with its text."""
     contexts = sd.CONDITIONS[arm].write(rollouts, critic, cfg)
-    _, (gap, low, high) = evaluation.teacher_row(chat, rollouts, contexts, 1, cfg)
+    _, (gap, low, high) = evaluation.teacher_row(chat, rollouts, contexts, cfg)
     for r, context in zip(rollouts, contexts):
         r.context = context
     rows = [measure(chat, r, cfg) for r in sd.prepare(chat, rollouts, cfg)]
