@@ -2255,17 +2255,19 @@ SCRIPTED = [
     # no equation: the number from nowhere, then the answer, in its whole sentence
     ("plain", "1. There are 3 pens.\n2. See step 9. ", "They cost 17 dollars: \\boxed{5}"),
     ("plain", "Pens cost 3 * 2 = 6. ", "That makes \\boxed{6}."),
+    # a right equation may be stated again, and the end of a longer sum is no equation
+    ("plain", "3 * 2 = 6. With these 3 * 2 = 6 ", "6 + 5 = 12 is right: \\boxed{12}"),
+    ("plain", "3 * 2 = 6. ", "All in all 6 + 2 + 5 = 13: \\boxed{13}"),
+    ("plain", "3 * 2 = 6. ", "All in all 6+2-5=3: \\boxed{4}"),
 ]
 
 
 @pytest.mark.parametrize("prompts, copied, wrong", SCRIPTED)
 def test_the_scripted_critic_corrects_from_the_first_wrong_equation(svamp, prompts, copied, wrong):
-    """Fails if a right equation is not copied, a wrong one is, or a step is not closed."""
+    """Fails if a right equation is not copied, anything behind it is, or a step is not closed."""
     r = replace(answered(copied + wrong, 0.0), problem=SHOP)
     critique = svamp.correct(r, config(prompts=prompts))
-    assert critique.startswith(copied)
-    assert wrong not in critique
-    assert "6 + 5 = 11" in critique
+    assert critique.startswith((copied + "3 * 2 = 6, 6 + 5 = 11", copied + "6 + 5 = 11"))
     assert critique.count("<step_1>") == critique.count("</step_1>")
     assert critic_prompts.FORMATS[prompts].extract_trace(critique) == critique
     assert sd.is_correct(critique, SHOP.answer, "exact")

@@ -22,11 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import eval as evaluation  # noqa: E402
 import sd  # noqa: E402
 
-NUMBER = r"[$€]?\s*(-?\d[\d,]*(?:\.\d+)?)"
+# a minus sign that follows a digit is an operator
+NUMBER = r"[$€]?\s*((?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?)"
 # a unit may stand behind each number: 3 pens * 2 dollars = 6
 UNIT = r"(?:\s*\\,)?(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
 OPERATOR = r"(\+|-|−|–|\*|×|/|÷|\\times|\\div|\\cdot)"
-EQUATION = re.compile(NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER)
+# not the end of a longer sum: in 12 + 5 + 3 = 20 there is no equation of two numbers
+START = r"(?<![-+*/×÷−–\d.,])(?<![-+*/×÷−–] )"
+EQUATION = re.compile(
+    START + NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER
+)
 SIGNS = {"−": "-", "–": "-", "×": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/"}
 # numbers that count steps: "2." at the start of a line, "step 2"
 COUNTER = re.compile(r"^\W*\d+[.:)]|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
@@ -45,63 +50,56 @@ def read_equation(match: re.Match) -> tuple:
     return left, sign, right, result
 
 
+def read_equations(text: str) -> list[tuple]:
+    return [read_equation(match) for match in EQUATION.finditer(text)]
+
+
 def find_unknown_number(r: sd.Rollout) -> int | None:
     """Where the attempt states a number that neither the question nor the solution holds."""
     known = set()
     for match in re.finditer(NUMBER, f"{r.problem.question}\n{r.problem.solution}"):
         known.add(as_float(match[1]))
-    for match in re.finditer(NUMBER, COUNTER.sub(blank, r.text)):
+    # numbers that only count steps are blanked out: every other character stays where it is
+    text = COUNTER.sub(lambda match: " " * len(match[0]), r.text)
+    for match in re.finditer(NUMBER, text):
         if as_float(match[1]) not in known:
             return match.start(1)
     return None
-
-
-def blank(match: re.Match) -> str:
-    """As many spaces: every other character stays where it is."""
-    return " " * len(match[0])
 
 
 def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
     """The attempt, corrected; None if the program does not see where a wrong attempt goes wrong."""
     if r.reward:
         return r.text
-    wrong, missing = find_first_error(r)
-    if wrong is None and r.sample.truncated:
-        return None
+    wrong = find_first_error(r)
     if wrong is None:
         # finished, but without an answer
-        return r.text.rstrip() + ending(r.text, r.problem.answer, cfg)
-    copied = r.text[:wrong]
+        end = ending(r.text, r.problem.answer, cfg)
+        return None if r.sample.truncated else r.text.rstrip() + end
+    copied, lines = r.text[:wrong], r.problem.solution.split("\n")
+    shown = read_equations(copied)
+    missing = [line for line in lines if not set(read_equations(line)) <= set(shown)]
+    missing = ", ".join(missing) or lines[-1]
     return f"{copied}{missing}.{ending(copied, r.problem.answer, cfg)}"
 
 
-def find_first_error(r: sd.Rollout) -> tuple[int | None, str]:
-    """(where a wrong attempt goes wrong, the solution's equations that are still missing there)."""
-    lines = [line for line in r.problem.solution.split("\n") if EQUATION.search(line)]
-    equations = [read_equation(EQUATION.search(line)) for line in lines]
-    wrong = None
+def find_first_error(r: sd.Rollout) -> int | None:
+    """Where a wrong attempt goes wrong."""
+    right = read_equations(r.problem.solution)
     for match in EQUATION.finditer(r.text):
-        equation = read_equation(match)
-        if equation not in equations:
-            wrong = match.start(1)
-            break
-        # what has been shown is not needed again
-        position = equations.index(equation)
-        del equations[position], lines[position]
-    missing = ", ".join(lines) or r.problem.solution.split("\n")[-1]
-    if wrong is not None:
-        return wrong, missing
+        if read_equation(match) not in right:
+            return match.start(1)
     # no equation is wrong: the sentence with a number from nowhere, else the one with the answer
     wrong = find_unknown_number(r)
     if wrong is None and "\\boxed" in r.text:
         wrong = r.text.rindex("\\boxed")
-    return None if wrong is None else start_of_sentence(r.text, wrong), missing
+    return None if wrong is None else start_of_sentence(r.text, wrong)
 
 
 def start_of_sentence(text: str, position: int) -> int:
     """Where the sentence or line begins that holds `position`."""
-    ends = [0] + [match.end() for match in re.finditer(r"\n|\. ", text[:position])]
-    return ends[-1]
+    starts = re.finditer(r"^|\. ", text[:position], re.MULTILINE)
+    return [match.end() for match in starts][-1]
 
 
 def ending(copied: str, answer: str, cfg: sd.Config) -> str:
@@ -122,14 +120,12 @@ def write_scripted(rollouts, critic, cfg: sd.Config) -> list[str | None]:
 
 def write_shuffled(rollouts, critic, cfg: sd.Config) -> list[str | None]:
     """The next problem's critique; None where that has none."""
-    critiques = write_scripted(rollouts, critic, cfg)
+    critiques, n = write_scripted(rollouts, critic, cfg), len(rollouts)
     shuffled = []
     for i, r in enumerate(rollouts):
-        others = critiques[i:] + critiques[:i]
-        problems = rollouts[i:] + rollouts[:i]
         # the attempts at one problem stand side by side
-        k = next((k for k, other in enumerate(problems) if other.problem != r.problem), None)
-        shuffled.append(None if k is None else others[k])
+        others = [k % n for k in range(i, i + n) if rollouts[k % n].problem != r.problem]
+        shuffled.append(critiques[others[0]] if others else None)
     return shuffled
 
 
