@@ -1,6 +1,6 @@
 """The words of the method: what each reader is told, and how steps and answers are found in a text.
 
-Who sees what. Each function that is named after a reader makes the chat messages that it is given:
+Who sees what. `student`, `teacher` and `critic` of a Format make the chat messages for that reader:
 
     reader    problem   its own attempt   critique          worked solution
     student     yes           -              -                    -
@@ -32,7 +32,7 @@ Solve this problem.
 
 {problem}
 
-{format}"""
+""" + STEPS_FORMAT
 
 # The question stands first and the format last, as in STUDENT.
 TEACHER = """\
@@ -45,7 +45,7 @@ mentioning it:
 
 {context}
 
-{format}"""
+""" + STEPS_FORMAT
 
 # The critic's instructions, one row for each value of --critic-style. A transformer copies what its
 # context holds. So, in the paper's account, a wrong line that is quoted is reinforced even when it
@@ -62,18 +62,24 @@ C. If the trace stops before the answer, copy its correct part more briefly and 
 D. If a step is wrong, copy every step before the first wrong one exactly, word for word. Write \
 the wrong step again, correctly, and continue from there to the answer.
 Keep the author's notation, wording and step size. Never write down the wrong line, never say that \
-there was a mistake, never mention the notes, and write nothing but the corrected trace."""
+there was a mistake, never mention the notes, and write nothing but the corrected trace.
+
+"""
 
 QUOTE = """\
 Correct a worked trace. Write it again, in numbered step tags. Copy every step before the first \
 wrong one. In the wrong step, quote the wrong words first, say that they are wrong, then write the \
 step correctly, and continue from there to the answer. If everything is right, copy the trace \
-exactly."""
+exactly.
+
+"""
 
 OMIT = """\
 Correct a worked trace, in numbered step tags. Leave out every step before the first wrong one: \
 they are fine. Write the wrong step again, correctly, and continue from there to the answer. If \
-everything is right, write only its last step and the answer."""
+everything is right, write only its last step and the answer.
+
+"""
 
 STYLES = {"copy": COPY, "quote": QUOTE, "omit": OMIT}
 
@@ -118,46 +124,13 @@ EXAMPLES = [
 ]
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def steps_student(problem: str) -> list[dict]:
-    return [user(STUDENT.format(problem=problem, format=STEPS_FORMAT))]
-
-
-def steps_teacher(problem: str, context: str) -> list[dict]:
-    return [user(TEACHER.format(problem=problem, context=context, format=STEPS_FORMAT))]
-
-
-def steps_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
-    """Instructions, two worked examples and the attempt. Without a solution there are no notes."""
-    turns = []
-    for example in EXAMPLES:
-        notes = example["notes"] if solution else None
-        turns.append(critic_task(example["problem"], example["attempt"], notes))
-        turns.append({"role": "assistant", "content": example[style]})
-    turns.append(critic_task(problem, attempt, solution))
-    # in the first user turn, because some chat templates have no system turn
-    turns[0]["content"] = STYLES[style] + "\n\n" + turns[0]["content"]
-    return turns
-
-
-def critic_task(problem: str, attempt: str, solution: str | None) -> dict[str, str]:
-    notes = NOTES.format(solution=solution) if solution else ""
-    return user(CRITIC_TASK.format(problem=problem, attempt=attempt, notes=notes))
-
-
 TAG = r"<step_(\d{1,9})>"
 # a step ends before the next opening tag, which keeps the search linear in the length of the text
 STEP = re.compile(TAG + r"((?:(?!<step_).)*?)</step_\1>", re.DOTALL)
 
 
 def steps_find(text: str) -> list[str]:
-    steps = []
-    for _, body in STEP.findall(text):
-        steps.append(body.strip())
-    return steps
+    return [body.strip() for _, body in STEP.findall(text)]
 
 
 def steps_trace(reply: str) -> str | None:
@@ -167,18 +140,19 @@ def steps_trace(reply: str) -> str | None:
     if start is None or end < start.start():
         return None
     trace = reply[start.start() : end + len("</answer>")]
-    numbers = []
-    for number, _ in STEP.findall(trace):
-        numbers.append(int(number))
-    # a loop, or an echo of the attempt before its correction, counts its steps twice
+    numbers = [int(number) for number, _ in STEP.findall(trace)]
+    # a looping reply, or one that repeats the attempt before correcting it, has a step twice
     if not numbers or numbers != sorted(set(numbers)):
         return None
     return trace
 
 
-# ---- 2. "plain", for chat models that do not take to tags: paragraphs and \\boxed{}. -------------
+# ---- 2. "plain", for chat models that ignore tags: paragraphs and \boxed{}. ----------------------
 
-PLAIN_FORMAT = "Reason step by step, and put your final answer within \\boxed{}."
+# {{}} is what str.format turns into {}
+PLAIN_FORMAT = "Reason step by step, and put your final answer within \\boxed{{}}."
+
+PLAIN_STUDENT = "{problem}\n\n" + PLAIN_FORMAT
 
 PLAIN_TEACHER = """\
 {problem}
@@ -188,7 +162,7 @@ mentioning it:
 
 {context}
 
-{format}"""
+""" + PLAIN_FORMAT
 
 # The request names the one thing that small critics get wrong: Qwen2.5-Coder-1.5B-Instruct copied
 # attempts to the last character, wrong ones too, without a look at the solution.
@@ -199,17 +173,23 @@ Then write the attempt again:
 - Write that line again, correctly, in the attempt's own wording, and continue to the answer.
 - If no line contradicts the solution, copy the whole attempt word for word.
 Never write down a wrong line, never say that there was a mistake, never mention the solution. End \
-with the final answer within \\boxed{}."""
+with the final answer within \\boxed{}.
+
+"""
 
 PLAIN_QUOTE = """\
 Correct an attempt at a problem. Copy it word for word up to the first line that contradicts the \
 solution. Quote that line, say that it is wrong, write it again correctly, and continue to the \
-final answer within \\boxed{}. If no line is wrong, copy the whole attempt."""
+final answer within \\boxed{}. If no line is wrong, copy the whole attempt.
+
+"""
 
 PLAIN_OMIT = """\
 Correct an attempt at a problem. Leave out everything before the first line that contradicts the \
 solution. Write that line again, correctly, and continue to the final answer within \\boxed{}. If \
-no line is wrong, write only the last line with the answer."""
+no line is wrong, write only the last line with the answer.
+
+"""
 
 PLAIN_STYLES = {"copy": PLAIN_COPY, "quote": PLAIN_QUOTE, "omit": PLAIN_OMIT}
 
@@ -240,31 +220,6 @@ PLAIN_EXAMPLE = {
 }
 
 
-def plain_student(problem: str) -> list[dict]:
-    return [user(f"{problem}\n\n{PLAIN_FORMAT}")]
-
-
-def plain_teacher(problem: str, context: str) -> list[dict]:
-    return [user(PLAIN_TEACHER.format(problem=problem, context=context, format=PLAIN_FORMAT))]
-
-
-def plain_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
-    """Instructions, one worked example and the attempt. Without a solution there are no notes."""
-    example = PLAIN_EXAMPLE
-    notes = example["notes"] if solution else None
-    shown = plain_task(example["problem"], example["attempt"], notes)
-    return [
-        user(PLAIN_STYLES[style] + "\n\n" + shown),
-        {"role": "assistant", "content": example[style]},
-        user(plain_task(problem, attempt, solution)),
-    ]
-
-
-def plain_task(problem: str, attempt: str, solution: str | None) -> str:
-    notes = PLAIN_NOTES.format(solution=solution) if solution else ""
-    return PLAIN_TASK.format(problem=problem, attempt=attempt, notes=notes)
-
-
 def plain_find(text: str) -> list[str]:
     """A step is a paragraph, or a numbered item of a list."""
     steps = []
@@ -274,7 +229,7 @@ def plain_find(text: str) -> list[str]:
     return steps
 
 
-# what stands in the critic's request and in no attempt: a reply that holds it echoes the request
+# words of the critic's request: a reply that contains them is taken for an echo of it
 ECHO = re.compile(r"^Attempt:$|contradicts the solution", re.MULTILINE)
 
 
@@ -287,7 +242,7 @@ def plain_trace(reply: str) -> str | None:
     end = trace.find("\n", last)
     trace = trace if end < 0 else trace[:end]
     steps = plain_find(trace)
-    # a loop, or the attempt before its correction, counts its steps twice
+    # a looping reply, or one that repeats the attempt before correcting it, has a step twice
     return trace if len(steps) == len(set(steps)) else None
 
 
@@ -295,18 +250,6 @@ def plain_trace(reply: str) -> str | None:
 
 # the toy critic reads a mark instead of instructions
 TOY_MARKS = {"copy": "?", "quote": "!", "omit": "~"}
-
-
-def toy_student(problem: str) -> list[dict]:
-    return [user(problem)]
-
-
-def toy_teacher(problem: str, context: str) -> list[dict]:
-    return [user(f"{problem}|{context}")]
-
-
-def toy_critic(problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
-    return [user(f"{TOY_MARKS[style]}{problem}|{attempt}|{solution or ''}")]
 
 
 def toy_find(text: str) -> list[str]:
@@ -321,20 +264,57 @@ def toy_trace(reply: str) -> str | None:
 
 
 class Format(NamedTuple):
-    """One way of talking to a model. The first three make chat messages, the last two read text."""
+    """One way of talking to a model: texts with gaps, and two functions that read its replies."""
 
-    student: Callable  # (problem)
-    teacher: Callable  # (problem, context)
-    critic: Callable  # (problem, attempt, solution or None, style)
+    student_text: str  # with {problem}
+    teacher_text: str  # with {problem} and {context}
+    styles: dict[str, str]  # the critic's instructions, for each --critic-style
+    task: str  # what the critic is asked, with {problem}, {notes} and {attempt}
+    notes: str  # with {solution}
+    examples: list[dict]  # worked examples of the critic's task
     find_steps: Callable  # (text) → its steps, in order
     extract_trace: Callable  # (critic's reply) → the trace in it, or None if it is malformed
 
+    def student(self, problem: str) -> list[dict]:
+        return [user(self.student_text.format(problem=problem))]
+
+    def teacher(self, problem: str, context: str) -> list[dict]:
+        return [user(self.teacher_text.format(problem=problem, context=context))]
+
+    def critic(self, problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
+        """Instructions, worked examples and the attempt. Without a solution there are no notes."""
+        turns = []
+        for example in self.examples:
+            notes = example["notes"] if solution else None
+            turns.append(user(self.fill_task(example["problem"], example["attempt"], notes)))
+            turns.append({"role": "assistant", "content": example[style]})
+        turns.append(user(self.fill_task(problem, attempt, solution)))
+        # in the first user turn, because some chat templates have no system turn
+        turns[0]["content"] = self.styles[style] + turns[0]["content"]
+        return turns
+
+    def fill_task(self, problem: str, attempt: str, solution: str | None) -> str:
+        notes = self.notes.format(solution=solution) if solution else ""
+        return self.task.format(problem=problem, attempt=attempt, notes=notes)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
 
 FORMATS = {
-    "steps": Format(steps_student, steps_teacher, steps_critic, steps_find, steps_trace),
-    "plain": Format(plain_student, plain_teacher, plain_critic, plain_find, plain_trace),
-    "toy": Format(toy_student, toy_teacher, toy_critic, toy_find, toy_trace),
-}
+    "steps": Format(
+        STUDENT, TEACHER, STYLES, CRITIC_TASK, NOTES, EXAMPLES, steps_find, steps_trace
+    ),
+    "plain": Format(
+        PLAIN_STUDENT, PLAIN_TEACHER, PLAIN_STYLES, PLAIN_TASK, PLAIN_NOTES, [PLAIN_EXAMPLE],
+        plain_find, plain_trace,
+    ),
+    "toy": Format(
+        "{problem}", "{problem}|{context}", TOY_MARKS, "{problem}|{attempt}|{notes}", "{solution}",
+        [], toy_find, toy_trace,
+    ),
+}  # fmt: skip
 
 
 # ---- 5. Reading what a model wrote. --------------------------------------------------------------
@@ -343,8 +323,8 @@ FORMATS = {
 def extract_answer(text: str) -> str | None:
     """The last <answer>…</answer>, else the last \\boxed{…}, else what follows the last ####.
 
-    No regular expression scans the whole text, so a hostile answer of 10 MB costs a few searches.
-    None if there is no answer.
+    None if there is no answer. The closing tag may be cut off. No regular expression scans the
+    whole text, so a response of 10 MB costs a few searches.
     """
     _, mark, rest = text.rpartition("<answer>")
     if mark:
@@ -383,7 +363,7 @@ def strip_thinking(text: str) -> str:
 
 
 def first_edit(decode: Callable[[list[int]], str], ids: list[int], critique: str) -> int:
-    """Index of the first response token at which the critique departs; len(ids) if it never does.
+    """Index of the first response token that the critique does not copy; len(ids) if it copies all.
 
     Texts are compared, so any tokenizer will do. A binary search decodes log T prefixes, not T.
     """

@@ -869,7 +869,8 @@ def test_a_plain_critique_is_held_against_its_attempt(chat):
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is asked with the adapter on, or half a critique is kept."""
     chat.end_ids = list(range(0, 200, 9))  # so that replies end
-    conversations = [critic_prompts.toy_critic(text, TRACE, None, "copy") for text in "7135"]
+    toy_critic = critic_prompts.FORMATS["toy"].critic
+    conversations = [toy_critic(text, TRACE, None, "copy") for text in "7135"]
     critic = sd.LocalCritic(chat, 60, 8)
     before = critic(conversations)
     adapt(chat, config(), noise=2.0)

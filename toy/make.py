@@ -55,7 +55,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # sd.py and critic_prompts.py are one folder up
 
 import sd  # noqa: E402
-from critic_prompts import toy_critic, toy_student, toy_teacher  # noqa: E402
+from critic_prompts import FORMATS  # noqa: E402
+
+prompts = FORMATS["toy"]
 
 # ---- 1. The language. ----------------------------------------------------------------------------
 
@@ -188,7 +190,7 @@ class ToyLanguage:
     def solve(self, problem: str) -> Example:
         values = self.values(problem, misread=True)
         reply = trace(problem, values, self.phrasings("solver"))
-        return Example(toy_student(problem), "", reply)
+        return Example(prompts.student(problem), "", reply)
 
     def follow(self, problem: str, right: list[int], style: str) -> Example:
         """The reader of a critique or a solution.
@@ -201,7 +203,7 @@ class ToyLanguage:
         own = self.phrasings("solver")
         # a critique that quotes or omits needs an attempt that can be wrong
         attempted = self.values(problem, misread=style != "copy")
-        messages = toy_teacher(problem, self.critique(problem, attempted, shown, style))
+        messages = prompts.teacher(problem, self.critique(problem, attempted, shown, style))
         written = self.mix(shown, own)
         if self.rng.random() >= self.SLIPS:
             return Example(messages, "", trace(problem, right, written))
@@ -233,7 +235,7 @@ class ToyLanguage:
         phrasings = self.phrasings("anyone" if hard else "solver")
         attempted = self.values(problem, misread=True, noise=0.1 if hard else 0.0)
         attempt = trace(problem, attempted, phrasings)
-        messages = toy_critic(problem, attempt, self.row(problem)["solution"], style)
+        messages = prompts.critic(problem, attempt, self.row(problem)["solution"], style)
         return Example(messages, "", self.critique(problem, attempted, phrasings, style))
 
 
