@@ -23,8 +23,10 @@ import math
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,46 +77,45 @@ def mean_scores(groups: list) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in scores(groups).items()}
 
 
-def interval(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of Σ top / Σ bottom; by default, of the mean of top.
+def estimate(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, float, float]:
+    """(Σ top / Σ bottom, and its 95 % percentile bootstrap interval); by default the mean of top.
 
-    There is one entry a problem, because the attempts at one problem are not independent.
+    Both are (problems,) or (problems, attempts). Problems are resampled, because the attempts at
+    one problem are not independent; those without a bottom do not count.
     """
+    bottom = np.broadcast_to(bottom, top.shape)
+    top, bottom = (values.reshape(len(values), -1).sum(1) for values in (top, bottom))
+    top, bottom = top[bottom > 0], bottom[bottom > 0]
+    if len(top) == 0:
+        return math.nan, math.nan, math.nan
     # seeded, so that a table repeats to the digit
     picks = np.random.default_rng(0).integers(len(top), size=(10_000, len(top)))
-    bottom = np.broadcast_to(bottom, top.shape)
-    # a bootstrap sample may hold none of the few problems that count: 0 / 0 is left out
-    with np.errstate(invalid="ignore"):
-        ratios = top[picks].sum(1) / bottom[picks].sum(1)
-    return tuple(np.nanpercentile(ratios, [2.5, 97.5]))
+    ratios = top[picks].sum(1) / bottom[picks].sum(1)
+    return top.sum() / bottom.sum(), *np.percentile(ratios, [2.5, 97.5])
 
 
-def cell(top, bottom=1.0, scale: float = 100, unit: str = "", digits: int = 1) -> str:
-    """Σ top / Σ bottom with its interval, times `scale`; "-" if nothing counts."""
-    bottom = np.broadcast_to(bottom, top.shape)
-    if not bottom.any():
+def bracketed(numbers: tuple, scale: float = 100, form: str = ".1f", unit: str = "") -> str:
+    """An estimate as `value [low, high]`; "-" if nothing counts.
+
+    Where all values are equal, a bootstrap gives no interval.
+    """
+    value, low, high = (scale * number for number in numbers)
+    if math.isnan(value):
         return "-"
-    value, low, high = (top.sum() / bottom.sum(), *interval(top, bottom))
-    return bracketed(scale * value, scale * low, scale * high, f".{digits}f", unit)
-
-
-def bracketed(value: float, low: float, high: float, form: str = ".1f", unit: str = "") -> str:
-    """`value [low, high]`. Where all values are equal, a bootstrap gives no interval."""
     text = f"{value:{form}}{unit}"
     return text if low == high else f"{text} [{low:{form}}, {high:{form}}]"
 
 
-# Student's t at 97.5 %, by the number of seeds
-T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
+# Student's t at 97.5 %, for 2, 3, … seeds; beyond 10 that of 10, which is slightly too wide
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def half_width(values: np.ndarray) -> np.ndarray:
     """Half of the 95 % t interval of the mean over the first axis, the seeds."""
     n = len(values)
     if n == 1:
-        return np.full(values.shape[1:], math.nan)  # one seed says nothing about the spread
-    # from 10 seeds on the t of 10, slightly too wide beyond 10
-    return T_975.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n)
+        return math.nan * values[0]  # one seed says nothing about the spread
+    return T_975[min(n, 10) - 2] * values.std(0, ddof=1) / math.sqrt(n)
 
 
 # ---- 2. The table of runs. -----------------------------------------------------------------------
@@ -134,7 +135,7 @@ def headings(k: int) -> list[str]:
 def table_row(name: str, values: dict) -> list[str]:
     cells = [name]
     for metric, scale in METRICS.items():
-        cells.append(cell(values[metric], scale=scale))
+        cells.append(bracketed(estimate(values[metric]), scale))
     return cells
 
 
@@ -159,7 +160,7 @@ def attempt_test(cfg: sd.Config, checkpoint: dict | None = None, count: int | No
 
 # the fields in which runs must agree to share a table
 SHARED_FIELDS = (
-    "model", "data", "prompts", "grader", "dtype", "test_problems", "validation_problems",
+    "model", "data", "prompts", "grader", "dtype", "test_problems",
     "temperature", "max_new_tokens",
 )  # fmt: skip
 
@@ -168,46 +169,38 @@ def evaluate_runs(
     folders: list[str], name: str, count: int | None, k: int | None, out: Path
 ) -> str:
     """Compare the base and the runs. Writes every attempt to eval.jsonl, the table to eval.md."""
-    checkpoints = [sd.load_checkpoint(Path(folder, name)) for folder in folders]
-    cfg = checkpoints[0]["config"]
-    for folder, checkpoint in zip(folders, checkpoints):
+    runs = {folder: sd.load_checkpoint(Path(folder, name)) for folder in folders}
+    cfg = runs[folders[0]]["config"]
+    for folder, checkpoint in runs.items():
         for field in SHARED_FIELDS:
             if getattr(checkpoint["config"], field) != getattr(cfg, field):
                 sd.fail(f"{folder} and {folders[0]} differ in {field}: they cannot share a table")
     cfg = replace(cfg, eval_samples=k or cfg.eval_samples)
-    # short names, unless two rows would share one
-    names = [Path(folder).name for folder in folders]
-    if len({"base", *names}) <= len(names):
-        names = folders
-    groups = {"base": attempt_test(cfg, None, count)}
-    for run, checkpoint in zip(names, checkpoints):
-        groups[run] = attempt_test(cfg, checkpoint, count)
     out.mkdir(parents=True, exist_ok=True)
+    results = {}
     with open(out / "eval.jsonl", "w", encoding="utf-8") as file:
-        for run, attempts in groups.items():
-            for r in itertools.chain(*attempts):
-                file.write(json.dumps({"run": run, **attempt_record(r)}) + "\n")
-    results = {run: scores(attempts) for run, attempts in groups.items()}
+        for run, checkpoint in {"base": None, **runs}.items():
+            groups = attempt_test(cfg, checkpoint, count)
+            results[run] = scores(groups)
+            for r in itertools.chain(*groups):
+                entry = {
+                    "run": run,
+                    "problem": r.problem.question,
+                    "wanted": r.problem.answer,
+                    "text": r.text,
+                    "answer": extract_answer(r.text),
+                    "correct": bool(r.reward),
+                    "length": len(r.sample.ids),
+                    "truncated": r.sample.truncated,
+                }
+                file.write(json.dumps(entry) + "\n")
     text = (
-        f"{len(groups['base'])} held-out problems × {cfg.eval_samples} attempts, {name}, seed "
+        f"{len(groups)} held-out problems × {cfg.eval_samples} attempts, {name}, seed "
         f"{sd.EVAL_SEED}; 95 % bootstrap intervals over problems\n\n"
         f"{table(results, cfg.eval_samples)}\n"
     )
     (out / "eval.md").write_text(text, "utf-8")
     return text
-
-
-def attempt_record(r: sd.Rollout) -> dict:
-    """What eval.jsonl holds of an attempt."""
-    return {
-        "problem": r.problem.question,
-        "wanted": r.problem.answer,
-        "text": r.text,
-        "answer": extract_answer(r.text),
-        "correct": bool(r.reward),
-        "length": len(r.sample.ids),
-        "truncated": r.sample.truncated,
-    }
 
 
 # ---- 3. Token study: the paper's argument as numbers and as a picture. ---------------------------
@@ -217,13 +210,15 @@ def attempt_record(r: sd.Rollout) -> dict:
 # of a wrong attempt falls on its first wrong step, and if a right attempt is left alone.
 
 
-def context_names() -> list[str]:
-    """The critic's styles, and every condition whose context comes from somewhere else."""
-    names = [f"critique ({style})" for style in STYLES]
+def token_contexts() -> dict[str, tuple[sd.Condition, dict]]:
+    """Who writes each context of the study, and with which changes to the config."""
+    contexts = {}
+    for style in STYLES:
+        contexts[f"critique ({style})"] = sd.CONDITIONS["critique"], {"critic_style": style}
     for name, condition in sd.CONDITIONS.items():
         if condition.has_teacher and condition.write is not sd.write_critiques:
-            names.append(name)
-    return names
+            contexts[name] = condition, {}
+    return contexts
 
 
 def study_tokens(folder: str, count: int, samples: int, url: str | None, names: list[str]) -> str:
@@ -242,21 +237,32 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).test[:count]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, sd.EVAL_SEED)
-    contexts = write_named_contexts(names, rollouts, chat, cfg)
-    found = {name: advantages(chat, rollouts, texts, cfg) for name, texts in contexts.items()}
-    # all contexts are measured on the same attempts: on those that have every context
-    complete = sorted(set.intersection(*map(set, found.values())))
+    readers, critic = {}, None
+    for name in names:
+        if name not in token_contexts():
+            sd.fail(f"argument --contexts: {name!r} is not one of {', '.join(token_contexts())}")
+        condition, changes = token_contexts()[name]
+        if condition.asks_critic and critic is None:
+            critic = sd.load_critic(cfg, chat)
+        texts = condition.write(rollouts, critic, replace(cfg, **changes))
+        readers[name] = [replace(r, context=text) for r, text in zip(rollouts, texts)]
+        sd.prepare(chat, readers[name], cfg)
+    # all contexts are measured on the same attempts: on those for which each is valid and fits
+    found = {name: {} for name in names}
+    for i, row in enumerate(sd.progress(list(zip(*readers.values())), desc="score")):
+        if all(r.teacher_prompt for r in row):
+            for name, r in zip(names, row):
+                (a,) = sd.token_advantages(chat, [r], cfg)
+                found[name][i] = a.cpu().numpy()
 
-    critiques, places, copied = contexts[names[0]], {}, []
+    complete, places, copied = found[names[0]], {}, []
     for i in complete:
-        r = rollouts[i]
-        if not r.reward and sd.is_correct(critiques[i], r.problem.answer, cfg.grader):
-            places[i] = wrong_step(chat, r, critiques[i], FORMATS[cfg.prompts])
-        if r.reward and first_edit(chat.decode, r.sample.ids, critiques[i]) == len(r.sample.ids):
+        r = readers[names[0]][i]
+        if not r.reward and sd.is_correct(r.context, r.problem.answer, cfg.grader):
+            places[i] = wrong_step(chat, r, r.context, FORMATS[cfg.prompts])
+        if r.reward and first_edit(chat.decode, r.sample.ids, r.context) == len(r.sample.ids):
             copied.append(i)
-    rows = []
-    for name, a in found.items():
-        rows.append([name, *localise(rollouts, samples, {i: a[i] for i in complete}, places)])
+    rows = [[name, *localise(rollouts, samples, a, places)] for name, a in found.items()]
 
     # A wrong attempt that was corrected, and a right one that was copied whole. Problems with both
     # outcomes come first, because GRPO learns from no others.
@@ -265,10 +271,10 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     for candidates in (places, copied):
         for i in sorted(candidates, key=lambda i: grpo[i] == 0)[:1]:
             shown = {}
-            for name in (names[0], *sd.CONDITIONS):
-                if name in contexts:
-                    shown[name] = (contexts[name][i], found[name][i])
-            examples.append(example(chat, rollouts[i], shown, grpo[i], places.get(i), cfg))
+            for name in names:
+                if name == names[0] or name in sd.CONDITIONS:
+                    shown[name] = (readers[name][i], found[name][i])
+            examples.append(example(chat, shown, grpo[i], places.get(i), cfg))
 
     right = sum(rollouts[i].reward for i in complete)
     text = (
@@ -286,59 +292,25 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     return f"{text}\nwrote {folder}/tokens.html, tokens.md and tokens.json"
 
 
-def write_named_contexts(
-    names: list[str], rollouts, chat: sd.Chat, cfg: sd.Config
-) -> dict[str, list]:
-    contexts, critic = {}, None
-    for name in names:
-        if name in sd.CONDITIONS:
-            write, styled = sd.CONDITIONS[name].write, cfg
-        else:
-            style = name.removeprefix("critique (").removesuffix(")")
-            write, styled = sd.write_critiques, replace(cfg, critic_style=style)
-        # a critic is loaded only where one of the contexts needs it
-        if name not in sd.CONDITIONS or sd.CONDITIONS[name].asks_critic:
-            critic = critic or sd.load_critic(cfg, chat)
-        contexts[name] = write(rollouts, critic, styled)
-    return contexts
-
-
-def advantages(chat: sd.Chat, rollouts, contexts, cfg: sd.Config) -> dict[int, np.ndarray]:
-    """A_t of each attempt's tokens under its context, by index; without those that have none."""
-    found = {}
-    for i, r in enumerate(sd.progress(rollouts, desc="score")):
-        r.context = contexts[i]
-        for scored in sd.prepare(chat, [r], cfg):
-            (a,) = sd.token_advantages(chat, [scored], cfg)
-            found[i] = a.cpu().numpy()
-    return found
-
-
 def wrong_step(chat: sd.Chat, r: sd.Rollout, critique: str, prompt_format) -> tuple:
     """(start, end, edit) in tokens: the first wrong step, and where the critique departs in it.
 
-    Outside of all steps, the line of the departure counts as the step.
+    An attempt without steps is divided into its lines.
     """
     ids, text = r.sample.ids, chat.decode(r.sample.ids)
     edit = first_edit(chat.decode, ids, critique)
     # characters up to the end of each token, and up to the departure
     ends = np.array([len(chat.decode(ids[: t + 1])) for t in range(len(ids))])
-    place = ends[edit - 1] if edit else 0
-    first = text.rfind("\n", 0, place) + 1
-    last = (text + "\n").find("\n", place)
-
+    place = min(ends[edit - 1], len(text) - 1) if edit else 0
     # a step goes up to where the next one starts; the answer, from the last step to the end
-    borders, position = [], 0
-    for step in prompt_format.find_steps(text):
+    borders, position = [0], 0
+    for step in prompt_format.find_steps(text) or text.splitlines():
         position = text.index(step, position)
         borders.append(position)
         position += len(step)
-    if borders:
-        borders += [position, len(text)]
-    for border, next_border in itertools.pairwise(borders):
-        if border <= place:
-            first, last = border, next_border
-    start, end = int((ends <= first).sum()), int((ends <= last).sum())
+    borders = np.array([*borders, position, len(text)])
+    start = (ends <= borders[borders <= place].max()).sum()
+    end = (ends <= borders[borders > place].min()).sum()
     return min(start, edit), max(end, edit + 1), edit
 
 
@@ -356,32 +328,32 @@ def localise(rollouts, samples: int, found: dict, places: dict) -> list[str]:
     """Where one context's advantage falls: a cell for each of MEASURES.
 
     `found` and `places` go by the attempt's index, and `samples` attempts in a row belong to one
-    problem. Sums are kept for each problem, as `interval` needs them.
+    problem.
     """
-    wrong = np.zeros((len(rollouts) // samples, 3))
-    right = np.zeros((len(rollouts) // samples, 5))
+    sums = np.zeros((len(rollouts), 8))
     for i, a in found.items():
         if rollouts[i].reward:
-            right[i // samples] += np.abs(a).sum(), (a < -0.1).sum(), len(a), a.min(), 1
+            sums[i, 3:] = np.abs(a).sum(), (a < -0.1).sum(), len(a), a.min(), 1
         elif i in places:
             start, end, _ = places[i]
-            parts = np.split(-np.minimum(a, 0), [start, end])
-            wrong[i // samples] += [part.sum() for part in parts]
-    absolute, lowered, tokens, minimum, attempts = right.T
+            sums[i, :3] = [part.sum() for part in np.split(-np.minimum(a, 0), [start, end])]
+    # each (problems, attempts)
+    columns = sums.reshape(-1, samples, 8).transpose(2, 0, 1)
+    *wrong, absolute, lowered, tokens, lowest, attempts = columns
     return [
-        *(cell(part, wrong.sum(1), unit=" %") for part in wrong.T),
-        cell(absolute, tokens, scale=1, digits=2),
-        cell(lowered, tokens, unit=" %"),
-        cell(minimum, attempts, scale=1, digits=2),
+        *(bracketed(estimate(part, sum(wrong)), unit=" %") for part in wrong),
+        bracketed(estimate(absolute, tokens), 1, ".2f"),
+        bracketed(estimate(lowered, tokens), unit=" %"),
+        bracketed(estimate(lowest, attempts), 1, ".2f"),
     ]
 
 
-def example(chat, r: sd.Rollout, shown: dict, grpo: float, place, cfg: sd.Config) -> dict:
-    """One attempt for the pictures. `shown` holds a context and its advantages by name."""
+def example(chat, shown: dict, grpo: float, place: tuple | None, cfg: sd.Config) -> dict:
+    """One attempt for the pictures. `shown`: by context, its reader and its advantages."""
     rows = {}
-    for name, (context, a) in shown.items():
-        teacher = likeliest_tokens(chat, r, context, cfg)
-        rows[name] = {"advantage": a.tolist(), "context": context, "teacher": teacher}
+    for name, (r, a) in shown.items():
+        teacher = likeliest_tokens(chat, r, cfg)
+        rows[name] = {"advantage": a.tolist(), "context": r.context, "teacher": teacher}
     tokens = []
     for token in r.sample.ids:
         tokens.append("end" if token in chat.end_ids else chat.tokenizer.decode([token]))
@@ -398,11 +370,10 @@ def example(chat, r: sd.Rollout, shown: dict, grpo: float, place, cfg: sd.Config
 
 
 @torch.no_grad()
-def likeliest_tokens(chat, r: sd.Rollout, context: str, cfg: sd.Config) -> list[str]:
+def likeliest_tokens(chat, r: sd.Rollout, cfg: sd.Config) -> list[str]:
     """The teacher's three likeliest tokens at each position, in words."""
-    (scored,) = sd.prepare(chat, [replace(r, context=context)], cfg)
     lines = []
-    hidden = sd.response_hidden(chat, [scored.teacher_prompt], [r.sample.ids])
+    hidden = sd.response_hidden(chat, [r.teacher_prompt], [r.sample.ids])
     # in chunks, because (T, V) may not fit into memory
     for states in hidden.split(cfg.kl_chunk):
         q = sd.log_probs(states, chat.head, cfg.temperature).exp()
@@ -515,13 +486,13 @@ def main_arms(runs: dict) -> list[str]:
 def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     """Train all arms, or go on where an earlier call stopped. Writes table.md and table.json."""
     flags = flags or ["--preset", "toy"]  # also on a machine with CUDA
-    base_lr = sd.parse_config(flags).lr
+    cfg = sd.parse_config(flags)
     runs, rates = {}, {}
     for arm in ARMS:
         # the rate is chosen on the validation problems, so the test problems stay unseen
         swept = {}
         for factor in SWEEP:
-            lr = base_lr * factor
+            lr = cfg.lr * factor
             swept[lr] = read_curves([train_once(root, arm, lr, 0, flags)])["avg"][0, -1]
         best = max(swept, key=swept.get)
         by_rate = ", ".join(f"{lr:g} → {100 * avg:.1f}" for lr, avg in swept.items())
@@ -532,7 +503,6 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
             rates[arm] += "*"
         runs[arm] = [train_once(root, arm, best, seed, flags) for seed in range(seeds)]
 
-    cfg = first_config(runs)
     groups, k = attempt_test(cfg), cfg.eval_samples
     base = mean_scores(groups)
     heading = (
@@ -547,12 +517,6 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
     (root / "table.md").write_text(text, "utf-8")
     (root / "table.json").write_text(content, "utf-8")
     return text
-
-
-def first_config(runs: dict) -> sd.Config:
-    """All runs are evaluated alike, so the first one's config stands for all."""
-    folder = next(iter(runs.values()))[0]
-    return sd.load_checkpoint(Path(folder, "checkpoint.pt"))["config"]
 
 
 def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> Path:
@@ -589,27 +553,30 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     return folder
 
 
-CURVE = ("step", "avg", "rollouts", "solver_tokens", "critic_tokens", "sampled_tokens")
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(steps, validations) of a log. A run at work may have written half a line."""
+    steps, checks = [], []
+    for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()[1:]:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            (checks if "validation_avg" in entry else steps).append(entry)
+    return steps, checks
 
 
 def read_curves(folders: list) -> dict[str, np.ndarray]:
-    """Validation accuracy on the way, and what had been spent: each of CURVE is (runs, points)."""
-    curves = []
+    """Validation accuracy on the way, and the tokens sampled so far: each (runs, points)."""
+    curves = {"step": [], "avg": [], "solver": [], "critic": []}
     for folder in folders:
-        lines = Path(folder, "log.jsonl").read_text("utf-8").splitlines()
-        opening, *entries = map(json.loads, lines)
+        steps, checks = read_log(folder)
+        step = np.array([entry["step"] for entry in checks])
+        curves["step"].append(step)
+        curves["avg"].append([entry["validation_avg"] for entry in checks])
         # the log counts tokens by the step; a curve needs them from the start
-        points, rollouts, solver, critic = [], 0, 0, 0
-        for entry in entries:
-            if "validation_avg" in entry:
-                spent = (rollouts, solver, critic, solver + critic)
-                points.append((entry["step"], entry["validation_avg"], *spent))
-            else:
-                rollouts += opening["config"]["attempts_per_step"]
-                solver += entry["solver_tokens"]
-                critic += entry["critic_tokens"]
-        curves.append(points)
-    return dict(zip(CURVE, np.array(curves).transpose(2, 0, 1)))
+        for name in ("solver", "critic"):
+            spent = np.cumsum([entry[f"{name}_tokens"] for entry in steps])
+            curves[name].append(spent[step - 1])
+    curves = {name: np.array(rows) for name, rows in curves.items()}
+    return {**curves, "sampled": curves["solver"] + curves["critic"]}
 
 
 def test_scores(folders: list, name: str, metric: str) -> np.ndarray:
@@ -657,29 +624,25 @@ def costs_table(runs: dict, k: int) -> str:
     # after about 30 % of the steps, and at the tokens that the cheapest run spends in all
     steps = curves[next(iter(curves))]["step"][0]
     early = max(0, len(steps) * 3 // 10 - 1)
-    budget = min(c["sampled_tokens"][:, -1].min() for c in curves.values())
+    budget = min(c["sampled"][:, -1].min() for c in curves.values())
     rows = []
     for arm, c in curves.items():
         row = [arm]
-        for name in ("rollouts", "solver_tokens", "critic_tokens"):
+        for name in ("solver", "critic"):
             row.append(f"{c[name][:, -1].mean():,.0f}")
         row.append(over_seeds(c["avg"][:, early]))
         for tokens in (budget / 2, budget):
-            reached = map(np.interp, itertools.repeat(tokens), c["sampled_tokens"], c["avg"])
-            row.append(over_seeds(np.array(list(reached))))
+            reached = [np.interp(tokens, x, y) for x, y in zip(c["sampled"], c["avg"])]
+            row.append(over_seeds(np.array(reached)))
         rows.append(row)
     head = [
-        f"cost, and validation Avg@{k} on the way", "rollouts", "solver tokens", "critic tokens",
-        f"at step {steps[early]:.0f}", f"at {budget // 2:,.0f} sampled tokens", f"at {budget:,.0f}",
+        f"cost, and validation Avg@{k} on the way", "solver tokens", "critic tokens",
+        f"at step {steps[early]}", f"at {budget // 2:,.0f} sampled tokens", f"at {budget:,.0f}",
     ]  # fmt: skip
     return markdown(head, rows)
 
 
 # ---- 5. Figures. ---------------------------------------------------------------------------------
-
-# told apart in print and by the colour-blind; used in the order of the legend
-COLOURS = ("#b2182b", "#2166ac", "#4d4d4d", "#e08214", "#1b7837", "#762a83")
-
 
 def load_pyplot():
     try:
@@ -687,20 +650,27 @@ def load_pyplot():
     except ImportError:
         sd.fail("figures need matplotlib: pip install matplotlib")
     plt.switch_backend("Agg")
-    # text stays text; the salt makes equal data give equal files; and a token may be "$"
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sd", "text.parse_math": False}
+    # told apart in print and by the colour-blind; "C0" is the first
+    colours = ["#b2182b", "#2166ac", "#4d4d4d", "#e08214", "#1b7837", "#762a83"]
+    plt.rcParams |= {
+        "axes.prop_cycle": plt.cycler(color=colours),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "lines.markersize": 3,
+        "savefig.dpi": 150,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "sd",
+        "text.parse_math": False,  # a token may be "$"
+    }
     return plt
 
 
-def plot_results(root: Path, study: Path, out: Path) -> str:
-    """Draw curves.svg from table.json in `root`, and advantage.svg from tokens.json in `study`."""
-    plt = load_pyplot()
-    runs = json.loads((root / "table.json").read_text("utf-8"))["runs"]
-    examples = json.loads((study / "tokens.json").read_text("utf-8"))["examples"]
-    out.mkdir(parents=True, exist_ok=True)
-    draw_curves(plt, runs).savefig(out / "curves.svg", metadata={"Date": None})
-    draw_advantages(plt, examples).savefig(out / "advantage.svg", metadata={"Date": None})
-    return f"wrote {out / 'curves.svg'} and {out / 'advantage.svg'}"
+def save_figure(figure, out: Path) -> str:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # without a date, equal data give equal files
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    return f"wrote {out}"
 
 
 # what --plot draws of a run: title, names in log.jsonl, factor for display
@@ -718,109 +688,79 @@ def plot_runs(folders: list[str], out: Path) -> str:
     """Draw the logs of runs, finished or not, into one PNG or SVG, by the name of `out`."""
     plt = load_pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
-    for folder, colour in zip(folders, itertools.cycle(COLOURS)):
-        entries = read_log(Path(folder))
+    for number, folder in enumerate(folders):
+        steps, checks = read_log(folder)
+        for entry in steps:
+            cost = entry["cost"]
+            entry["seconds"] = cost["sample_s"] + cost["critic_s"] + cost["train_s"]
         for axis, (label, names, scale) in zip(axes.flat, PANELS):
-            for name in names:
-                points = [(e["step"], scale * e[name]) for e in entries if name in e]
-                if points:
-                    draw_line(axis, *np.array(points).T, colour, folder, name)
+            # what every step logs is a line; what is measured now and then, dots
+            for name, entries, style in zip(names, (steps, checks), (".-", "o:")):
+                x = [entry["step"] for entry in entries]
+                y = [scale * entry[name] for entry in entries]
+                axis.plot(x, y, style, color=f"C{number}", label=folder)
             axis.set_title(label, loc="left", fontsize=10)
-            axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-    return f"wrote {out}"
+    axes[0, 1].legend(fontsize=8)
+    return save_figure(figure, out)
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The entries of a log, without its header. A run at work may have written half a line."""
-    entries = []
-    for line in (folder / "log.jsonl").read_text("utf-8").splitlines()[1:]:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            cost = entry.get("cost", {})
-            if cost:
-                entry["seconds"] = cost["sample_s"] + cost["critic_s"] + cost["train_s"]
-            entries.append(entry)
-    return entries
-
-
-def draw_line(axis, x, y, colour: str, label: str, name: str = "", half=0.0) -> None:
-    """One curve, with a band of ± half. What is measured now and then is drawn as dots."""
-    now_and_then = name in ("validation_avg", "kl_base")
-    axis.plot(
-        x,
-        y,
-        color=colour,
-        label=None if now_and_then else label,
-        marker="o" if now_and_then or len(x) < 20 else None,
-        markersize=5 if now_and_then else 3,
-        linestyle=":" if now_and_then else "-",
-    )
-    axis.fill_between(x, y - half, y + half, color=colour, alpha=0.2, linewidth=0)
-
-
-def draw_curves(plt, runs: dict):
+def plot_curves(root: Path, out: Path) -> str:
     """Validation accuracy of the main arms, by steps and by sampled tokens, with t intervals."""
+    plt = load_pyplot()
+    runs = json.loads((root / "table.json").read_text("utf-8"))["runs"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-    names = {"step": "step", "sampled_tokens": "sampled tokens (solver + critic)"}
+    names = {"step": "step", "sampled": "sampled tokens (solver + critic)"}
     for axis, (name, label) in zip(axes, names.items()):
-        for arm, colour in zip(main_arms(runs), itertools.cycle(COLOURS)):
+        for arm in main_arms(runs):
             curves = read_curves(runs[arm])
             x, y = curves[name].mean(0), 100 * curves["avg"]
-            draw_line(axis, x, y.mean(0), colour, arm, half=half_width(y))
+            axis.plot(x, y.mean(0), "o-", label=arm)
+            low, high = y.mean(0) - half_width(y), y.mean(0) + half_width(y)
+            axis.fill_between(x, low, high, alpha=0.2, linewidth=0)
         axis.set(xlabel=label, ylim=(0, 102))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"validation Avg@{first_config(runs).eval_samples}, %")
-    axes[0].legend(frameon=False)
-    return figure
+    axes[0].set_ylabel("validation accuracy, %")
+    axes[0].legend()
+    return save_figure(figure, out)
 
 
 COLUMNS = 100  # characters of a line of tokens
 
 
 def plot_tokens(study: Path, names: list[str] | None, out: Path) -> str:
-    """Draw the examples of a token study from its tokens.json; `names`: rows to show, else all."""
+    """Draw the examples of a token study as running text, once for each of the named contexts."""
+    plt = load_pyplot()
     examples = json.loads((study / "tokens.json").read_text("utf-8"))["examples"]
+    figure = plt.figure()
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis("off")
+    line = 0
     for e in examples:
-        e["rows"] = {n: row for n, row in e["rows"].items() if not names or n in names}
-    draw_advantages(load_pyplot(), examples).savefig(out, dpi=150)
-    return f"wrote {out}"
-
-
-def draw_advantages(plt, examples: list):
-    """The examples as running text, once for each context, every token in its colour."""
-    shapes, line = [], 0
-    for e in examples:
-        shapes.append((textwrap.shorten(title(e), 105), 0, line, None, False))
+        axis.text(0, line, textwrap.shorten(title(e), 105), va="center", fontsize=9)
         line += 1
-        for name, row in e["rows"].items():
-            shapes.append((name.split(" (")[0], -1, line, None, False))
+        for name in [name for name in e["rows"] if not names or name in names]:
+            # the name ends where the tokens begin
+            axis.text(-1, line, name.split(" (")[0], ha="right", va="center", fontsize=9)
             for t, (text, x, y) in enumerate(flow(e["tokens"])):
-                shapes.append((text, x, line + y, row["advantage"][t], t == e["edit"]))
+                a = e["rows"][name]["advantage"][t]
+                draw_token(plt, axis, text, x, line + y, a, t == e["edit"])
             line += y + 1
         line += 1
-    figure = plt.figure(figsize=(9, 0.2 * line))
-    axis = figure.add_axes((0, 0, 1, 1))
+    figure.set_size_inches(9, 0.2 * line)
     axis.set(xlim=(-12, COLUMNS + 1), ylim=(line - 0.7, -0.7))
-    axis.axis("off")
-    for text, x, y, a, is_edit in shapes:
-        if a is None:  # a title, or the name of a context, which ends where the tokens begin
-            align = "left" if x == 0 else "right"
-            axis.text(x, y, text, ha=align, va="center", fontsize=9)
-            continue
-        colour = np.array(shade(a)) / 255
-        axis.add_patch(plt.Rectangle((x, y - 0.45), len(text), 0.9, color=colour, lw=0))
-        centre = x + len(text) / 2
-        axis.text(centre, y, text, ha="center", va="center", fontsize=9.3, family="monospace")
-        if a < UNDERLINED:
-            axis.plot([x, x + len(text)], [y + 0.4] * 2, color="black", lw=0.8)
-        if is_edit:
-            axis.plot([x, x], [y - 0.5, y + 0.5], color="black", lw=2)
-    return figure
+    return save_figure(figure, out)
+
+
+def draw_token(plt, axis, text: str, x: int, y: int, a: float, is_edit: bool) -> None:
+    colour = np.array(shade(a)) / 255
+    axis.add_patch(plt.Rectangle((x, y - 0.45), len(text), 0.9, color=colour, lw=0))
+    centre = x + len(text) / 2
+    axis.text(centre, y, text, ha="center", va="center", fontsize=9.3, family="monospace")
+    if a < UNDERLINED:
+        axis.hlines(y + 0.4, x, x + len(text), color="black", lw=0.8)
+    if is_edit:
+        axis.vlines(x, y - 0.5, y + 0.5, color="black", lw=2)
 
 
 def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
@@ -858,26 +798,28 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
 def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[str, float]:
     """Avg of each problem, from the file at `path` if it is there, else sampled and added to it."""
     # scores that were made with other settings do not count
-    shaping = ("model", "prompts", "grader", "temperature", "max_new_tokens", "eval_samples")
-    settings = {name: getattr(cfg, name) for name in shaping}
-    avg, todo, k = {}, [], cfg.eval_samples
+    k = cfg.eval_samples
+    settings = {name: getattr(cfg, name) for name in (*SHARED_FIELDS, "eval_samples")}
+    avg = {}
     for _, entry in sd.read_rows(path) if path.exists() else []:
         # a line that was cut off by a kill is no dict
         if isinstance(entry, dict) and entry["settings"] == settings:
             avg[entry["problem"]] = entry["avg"]
+    # random numbers follow from a problem's place in the pool, not from what is left
+    todo = []
     for number, (key, (problem, _)) in enumerate(rows.items()):
         if key not in avg:
-            todo.append((key, (number, problem)))
+            todo.append((number, problem))
     # as many problems at once as fill a batch of the sampler
     at_once = max(1, cfg.sample_batch // k)
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that was cut off
         for start in sd.progress(range(0, len(todo), at_once), desc="problems"):
-            keys, problems = zip(*todo[start : start + at_once])
-            # random numbers follow from a problem's place in the pool, not from what is left
-            rollouts = sd.attempt(chat, problems, cfg, k, sd.EVAL_SEED)
-            for i, key in enumerate(keys):
-                avg[key], _ = sd.accuracy([rollouts[i * k : (i + 1) * k]])
+            part = todo[start : start + at_once]
+            rewards = [r.reward for r in sd.attempt(chat, part, cfg, k, sd.EVAL_SEED)]
+            for (_, problem), mean in zip(part, np.reshape(rewards, (-1, k)).mean(1)):
+                key = normalise(problem.question)
+                avg[key] = float(mean)
                 line = {"problem": key, "avg": avg[key], "settings": settings}
                 file.write(json.dumps(line) + "\n")
             file.flush()  # a kill costs one batch
@@ -899,171 +841,154 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
         rollouts = sd.attempt(chat, numbered, cfg, samples, sd.EVAL_SEED)
     with sd.timed(seconds, "critic"):
         critiques = sd.write_critiques(rollouts, critic, cfg)
-        critic_tokens = sum(r.critic_tokens for r in rollouts)
+
+    judged = judge(rollouts, critiques, samples, cfg)
+    right, steps = judged.right, judged.steps
+    wrong, every = 1 - right, np.ones(right.shape)
+    shares = {
+        "base: right": (right, every),
+        "base: in the format asked for": (judged.formed, every),
+        "base: cut at the cap": (judged.truncated, every),
+        "critic: failed (empty, cut off, malformed)": (judged.failed, every),
+        "critic: right answer on wrong attempts": (judged.corrected * wrong, wrong),
+        "critic: copies right attempts whole": (judged.whole * right, right),
+        "critic: steps copied from the attempt": (judged.copied, steps),
+    }
     contexts = {
         "its critique": critiques,
         "the reference": [r.problem.solution for r in rollouts],
         # the control: a critique, but of another problem
         "another problem's critique": critiques[samples:] + critiques[:samples],
     }
-    rows = solver_rows(rollouts, cfg) + critic_rows(rollouts, critiques, critic_tokens, cfg)
+    rows = []
+    for name, (top, bottom) in shares.items():
+        rows.append([name, bracketed(estimate(top, bottom), unit=" %"), f"{bottom.sum():.0f}"])
     gaps = {}
     for name, texts in contexts.items():
-        result, gaps[name] = teacher_row(chat, rollouts, texts, cfg)
-        rows.append([f"teacher that reads {name}: right", *result])
+        accuracy, number, gaps[name] = teacher_gap(chat, rollouts, texts, samples, cfg)
+        result = f"{100 * accuracy:.1f} %, gap {bracketed(gaps[name], form='+.1f')}"
+        rows.append([f"teacher that reads {name}: right", result, str(number)])
     groups = numbered[: max(1, count // 4)]
-    grouped = sd.attempt(chat, groups, cfg, cfg.group_size, sd.EVAL_SEED)
-    flat = flat_groups(grouped, cfg)
-    equal = cell(np.array(flat, float), unit=" %")
+    rewards = [r.reward for r in sd.attempt(chat, groups, cfg, cfg.group_size, sd.EVAL_SEED)]
+    flat = np.reshape(rewards, (len(groups), -1)).std(1) == 0
+    equal = bracketed(estimate(flat), unit=" %")
     rows.append(["grpo: groups with equal rewards", equal, str(len(flat))])
-    rows += cost_rows(chat, rollouts, critiques, critic_tokens, seconds, cfg)
-    verdict = verdicts(rollouts, critiques, gaps, np.mean(flat), cfg)
+    rows += cost_rows(chat, rollouts, critiques, seconds, cfg)
     head = f"{len(problems)} validation problems × {samples} attempts; 95 % bootstrap intervals"
     table_text = markdown(["before training", "", "of"], rows)
-    return f"{head}\n\n{table_text}\n" + "\n".join(verdict)
+    return "\n".join([head, "", table_text, *verdicts(judged, gaps, flat.mean(), cfg)])
 
 
-def percentage(pairs: list) -> list[str]:
-    """[mean of the values with its interval over problems, their number] of (rollout, value)s."""
-    total, count = Counter(), Counter()
-    for r, value in pairs:
-        total[r.problem] += value
-        count[r.problem] += 1
-    top = np.array([total[problem] for problem in count], float)
-    return [cell(top, np.array(list(count.values())), unit=" %"), str(len(pairs))]
+class Judged(NamedTuple):
+    """Attempts and their critiques, each (problems, attempts). All but the last two are 0 or 1."""
+
+    right: np.ndarray
+    formed: np.ndarray  # in the format asked for
+    truncated: np.ndarray
+    failed: np.ndarray  # no valid critique
+    corrected: np.ndarray  # the critique has the right answer
+    whole: np.ndarray  # the critique is the attempt
+    copied: np.ndarray  # steps of the critique that stand in the attempt
+    steps: np.ndarray  # steps of the critique
 
 
-def follows_format(r: sd.Rollout, cfg: sd.Config) -> bool:
-    steps = FORMATS[cfg.prompts].find_steps(r.text)
-    return bool(steps) and extract_answer(r.text) is not None
-
-
-def reaches_answer(critique: str | None, r: sd.Rollout, cfg: sd.Config) -> bool:
-    return critique is not None and sd.is_correct(critique, r.problem.answer, cfg.grader)
-
-
-def copies_whole(critique: str | None, r: sd.Rollout) -> bool:
-    return critique is not None and normalise(critique) == normalise(r.text)
-
-
-def solver_rows(rollouts: list, cfg: sd.Config) -> list:
-    tokens = np.mean([len(r.sample.ids) for r in rollouts])
-    formed = [(r, follows_format(r, cfg)) for r in rollouts]
-    return [
-        ["base: right", *percentage([(r, r.reward) for r in rollouts])],
-        ["base: in the format asked for", *percentage(formed)],
-        ["base: cut at the cap", *percentage([(r, r.sample.truncated) for r in rollouts])],
-        ["base: tokens an attempt", f"{tokens:.0f}", str(len(rollouts))],
-    ]
-
-
-def critic_rows(rollouts, critiques, tokens: int, cfg: sd.Config) -> list:
-    failed, corrected, whole, steps = [], [], [], []
+def judge(rollouts: list, critiques: list, samples: int, cfg: sd.Config) -> Judged:
+    rows = []
     for r, critique in zip(rollouts, critiques):
-        failed.append((r, critique is None))
-        if r.reward:
-            whole.append((r, copies_whole(critique, r)))
-        else:
-            corrected.append((r, reaches_answer(critique, r, cfg)))
-        steps += [(r, copied) for copied in sd.copied_steps(r.text, critique or "", cfg)]
-    return [
-        ["critic: failed (empty, cut off, malformed)", *percentage(failed)],
-        ["critic: right answer on wrong attempts", *percentage(corrected)],
-        ["critic: copies right attempts whole", *percentage(whole)],
-        ["critic: steps copied from the attempt", *percentage(steps)],
-        ["critic: tokens a critique", f"{tokens / len(critiques):.0f}", str(len(critiques))],
-    ]
+        text = critique or ""
+        has_steps = FORMATS[cfg.prompts].find_steps(r.text) != []
+        copied = sd.copied_steps(r.text, text, cfg)
+        rows.append((
+            r.reward,
+            has_steps and extract_answer(r.text) is not None,
+            r.sample.truncated,
+            critique is None,
+            sd.is_correct(text, r.problem.answer, cfg.grader),
+            critique is not None and normalise(text) == normalise(r.text),
+            sum(copied),
+            len(copied),
+        ))  # fmt: skip
+    return Judged(*np.array(rows, float).reshape(-1, samples, 8).transpose(2, 0, 1))
 
 
-def teacher_row(chat, rollouts, contexts, cfg: sd.Config) -> tuple:
-    """([accuracy and gap to the base, number], gap): the teacher attempts what the base attempted.
+def teacher_gap(
+    chat: sd.Chat, rollouts: list, contexts: list, samples: int, cfg: sd.Config
+) -> tuple[float, int, tuple]:
+    """(accuracy, number of attempts, estimate of the gap): the teacher attempts the same problems.
 
-    The gap is paired by problem. It predicts the final gain linearly in arXiv 2605.30070.
+    The gap to the base is paired by problem. arXiv 2605.30070 reports that it predicts the final
+    gain linearly.
     """
-    teacher = replace(cfg, condition="critique", stop_at_first_edit=False)
-    prepared = [replace(r, context=c) for r, c in zip(rollouts, contexts)]
-    scored = sd.prepare(chat, prepared, teacher)
-    if not scored:
-        return ["no valid context", "0"], None
+    readers = [replace(r, context=c, teacher_prompt=None) for r, c in zip(rollouts, contexts)]
+    scored = sd.prepare(chat, readers, replace(cfg, condition="critique"))
     rng = np.random.default_rng(sd.EVAL_SEED)
     uniforms = rng.random((len(scored), cfg.max_new_tokens), np.float32)
     prompts = [r.teacher_prompt for r in scored]
     drawn = sd.generate(
         chat, prompts, cfg.max_new_tokens, uniforms, cfg.temperature, cfg.sample_batch
     )
-    right, gain, count = 0, Counter(), Counter()
+    correct = []
     for r, sample in zip(scored, drawn):
-        correct = sd.is_correct(chat.decode(sample.ids), r.problem.answer, cfg.grader)
-        right += correct
-        gain[r.problem] += correct - r.reward
-        count[r.problem] += 1
-    gains, counts = (np.array([numbers[p] for p in count]) for numbers in (gain, count))
-    gap = (gains.sum() / counts.sum(), *interval(gains, counts))
-    points = bracketed(*(100 * number for number in gap), "+.1f")
-    return [f"{100 * right / len(scored):.1f} %, gap {points}", str(len(scored))], gap
+        correct.append(sd.is_correct(chat.decode(sample.ids), r.problem.answer, cfg.grader))
+    valid = np.array([r.teacher_prompt is not None for r in readers])
+    gain = np.zeros(len(rollouts))
+    gain[valid] = np.array(correct, float) - [r.reward for r in scored]
+    gap = estimate(gain.reshape(-1, samples), valid.reshape(-1, samples))
+    return sum(correct) / max(1, len(correct)), len(correct), gap
 
 
-def flat_groups(rollouts: list, cfg: sd.Config) -> list[bool]:
-    rewards = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)
-    return (rewards.std(1) == 0).tolist()
-
-
-def cost_rows(chat, rollouts, critiques, critic_tokens: int, seconds: dict, cfg: sd.Config) -> list:
+def cost_rows(chat, rollouts, critiques, seconds: dict, cfg: sd.Config) -> list:
     """Times of the parts, and what they add up to. One update is taken, at learning rate 0."""
     sd.add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:
         chat.model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.SGD(sd.adapters(chat.model).values(), lr=0.0)
+    cfg = replace(cfg, condition="critique")
     part = rollouts[: 2 * cfg.micro_batch]
     part = [replace(r, context=c or r.problem.solution) for r, c in zip(part, critiques)]
-    scored = sd.prepare(chat, part, replace(cfg, condition="critique"))
+    scored = sd.prepare(chat, part, cfg)
     with sd.timed(seconds, "update"):
-        sd.update(chat, optimizer, scored, replace(cfg, condition="critique"))
-    tokens = sum(len(r.sample.ids) for r in rollouts)
-    step = cfg.attempts_per_step / len(rollouts) * (seconds["sample"] + seconds["critic"])
-    step += cfg.attempts_per_step / len(part) * seconds["update"]
-    peak = sd.peak_memory(chat.model.device) / 1024
-    return [
-        ["sampling: seconds; tokens a second", *speed(seconds["sample"], tokens)],
-        ["critic: seconds; tokens a second", *speed(seconds["critic"], critic_tokens)],
-        ["update: seconds an attempt", f"{seconds['update'] / len(part):.2f}", str(len(part))],
+        sd.update(chat, optimizer, scored, cfg)
+    n, each = len(rollouts), seconds["update"] / len(part)
+    step = (seconds["sample"] + seconds["critic"]) / n + each
+    step *= cfg.attempts_per_step
+    tokens = {
+        "sample": sum(len(r.sample.ids) for r in rollouts),
+        "critic": sum(r.critic_tokens for r in rollouts),
+    }
+    rows = []
+    for work, total in tokens.items():
+        speed = f"{seconds[work]:.1f}; {total / n:.0f}; {total / max(seconds[work], 1e-3):.0f}"
+        rows.append([f"{work}: seconds; tokens each; tokens a second", speed, str(n)])
+    return rows + [
+        ["update: seconds an attempt", f"{each:.2f}", str(len(part))],
         ["a step of critique, estimated", f"{step:.0f} s", ""],
         [f"the run of {cfg.steps} steps, estimated", f"{cfg.steps * step / 3600:.1f} h", ""],
-        ["peak memory", f"{peak:.1f} GiB", ""],
+        ["peak memory", f"{sd.peak_memory(chat.model.device) / 1024:.1f} GiB", ""],
     ]
 
 
-def speed(seconds: float, tokens: int) -> list[str]:
-    return [f"{seconds:.1f}; {tokens / max(seconds, 1e-3):.0f}", f"{tokens:,} tokens"]
-
-
-def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> list[str]:
+def verdicts(judged: Judged, gaps: dict, flat: float, cfg: sd.Config) -> list[str]:
     """One line for each condition, in words. The first reason that applies is given."""
-    n = len(rollouts)
-    right = int(sum(r.reward for r in rollouts))
-    formed = sum(follows_format(r, cfg) for r in rollouts)
-    failed = critiques.count(None)
-    wrong = [(c, r) for c, r in zip(critiques, rollouts) if not r.reward]
-    reached = sum(reaches_answer(c, r, cfg) for c, r in wrong)
-    copied = sum(copies_whole(c, r) for c, r in wrong)
+    n, right, formed = judged.right.size, judged.right.sum(), judged.formed.sum()
+    failed, wrong = judged.failed.sum(), judged.right == 0
+    copied, corrected = judged.whole[wrong].sum(), judged.corrected[wrong].sum()
     other = "try --prompts " + " or ".join(name for name in FORMATS if name != cfg.prompts)
-
     stronger = "use a stronger one, or other --prompts"
+    attempts = f"{wrong.sum()} wrong attempts"
     if formed < n / 2:
-        critique = f"the base keeps to the format in {formed} of {n} attempts: {other}"
+        critique = f"the base keeps to the format in {formed:.0f} of {n} attempts: {other}"
     elif failed > n / 2:
-        critique = f"the critic fails on {failed} of {n} attempts: {stronger}"
-    elif wrong and copied > len(wrong) / 2:
-        critique = (
-            f"the critic copies {copied} of {len(wrong)} wrong attempts unchanged: {stronger}"
-        )
-    elif wrong and reached < len(wrong) / 2:
-        critique = f"the critic corrects {reached} of {len(wrong)} wrong attempts: {stronger}"
+        critique = f"the critic fails on {failed:.0f} of {n} attempts: {stronger}"
+    elif copied > wrong.sum() / 2:
+        critique = f"the critic copies {copied:.0f} of {attempts} unchanged: {stronger}"
+    elif corrected < wrong.sum() / 2:
+        critique = f"the critic corrects {corrected:.0f} of {attempts}: {stronger}"
     else:
         critique = gap_verdict(gaps["its critique"])
     grpo = f"{flat:.0%} of the groups have equal rewards"
     if right in (0, n):
-        grpo += f": with {right} of {n} attempts right there is nothing to compare"
+        grpo += f": with {right:.0f} of {n} attempts right there is nothing to compare"
     elif flat > 0.8:
         grpo += ": most groups teach nothing; use problems of another difficulty"
     else:
@@ -1075,11 +1000,11 @@ def verdicts(rollouts, critiques, gaps: dict, flat: float, cfg: sd.Config) -> li
     ]
 
 
-def gap_verdict(gap: tuple | None) -> str:
-    if gap is None:
-        return "no context is valid and fits the window"
+def gap_verdict(gap: tuple) -> str:
     mean, low, high = gap
-    points = bracketed(100 * mean, 100 * low, 100 * high, "+.0f", " points")
+    points = bracketed(gap, form="+.0f", unit=" points")
+    if math.isnan(mean):
+        return "no context is valid and fits the window"
     if low > 0:
         return f"can work: the teacher is better than the base by {points}"
     if high < 0:
@@ -1103,7 +1028,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="--reproduce, --filter and --preflight pass what follows -- on to sd.py: "
+        epilog="--reproduce and --filter pass what follows -- on to sd.py: "
         "eval.py --reproduce -- --model FOLDER --data FILE",
     )
     parser.error = sd.fail
@@ -1137,7 +1062,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--contexts",
-        help=f"--tokens: some of {', '.join(context_names())}; the first must copy the attempt "
+        help=f"--tokens: some of {', '.join(token_contexts())}; the first must copy the attempt "
         "[all]",
     )
     add("--seeds", type=positive, default=5, help="--reproduce: seeds of each arm [5]")
@@ -1151,58 +1076,61 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_command(argv: list[str] | None) -> str:
     """What the command prints in the end."""
-    args, flags = build_parser().parse_known_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
     if args.preflight:
-        # all other flags are sd.py's, --critic as well, and in their order
-        own = argparse.ArgumentParser(allow_abbrev=False)
-        own.add_argument("--preflight", action="store_true")
-        own.add_argument("--problems", type=positive, default=32)
-        own.add_argument("--samples", type=positive, default=2)
-        args, flags = own.parse_known_args(argv)
+        # all flags but these are sd.py's, --critic as well, and stay in their order
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--preflight", action="store_true")
+        parser.add_argument("--problems", type=positive, default=32)
+        parser.add_argument("--samples", type=positive, default=2)
+        args, flags = parser.parse_known_args(argv)
         cfg = sd.parse_config([flag for flag in flags if flag != "--"])
         return preflight(cfg, args.problems, args.samples)
-    if flags:
-        sd.fail(f"unknown argument {flags[0]}; see --help")
+    if unknown:
+        raise sd.UserError(f"unknown argument {unknown[0]}; see --help")
+    names = args.contexts.split(",") if args.contexts else list(token_contexts())
+    count, k, out = args.problems, args.samples, args.out and Path(args.out)
     if args.reproduce:
-        return reproduce(Path(args.out or "runs/reproduce"), args.seeds, args.runs)
-    names = args.contexts.split(",") if args.contexts else None
-    if args.plot and args.tokens:
-        return plot_tokens(Path(args.tokens), names, Path(args.out or "advantage.png"))
-    if args.plot and args.runs:
-        return plot_runs(args.runs, Path(args.out or "plot.png"))
-    if args.plot:
-        out = Path(args.out or "assets")
-        return plot_results(Path("runs/reproduce"), Path("runs/critique"), out)
-    if args.tokens:
-        names = names or context_names()
-        for name in set(names) - set(context_names()):
-            sd.fail(f"argument --contexts: {name!r} is not one of {', '.join(context_names())}")
-        count, samples = args.problems or 50, args.samples or 4
-        return study_tokens(args.tokens, count, samples, args.critic, names)
+        return reproduce(out or Path("runs/reproduce"), args.seeds, args.runs)
     if args.filter:
-        out = Path(args.out or "hard.jsonl")
-        return filter_pool(args.filter, out, args.below, args.samples or 16, args.runs)
+        return filter_pool(args.filter, out or Path("hard.jsonl"), args.below, k or 16, args.runs)
+    if args.plot and args.tokens:
+        return plot_tokens(Path(args.tokens), args.contexts and names, out or Path("advantage.png"))
+    if args.plot and args.runs:
+        return plot_runs(args.runs, out or Path("plot.png"))
+    if args.plot:
+        return plot_curves(Path("runs/reproduce"), out or Path("assets/curves.svg"))
+    if args.tokens:
+        return study_tokens(args.tokens, count or 50, k or 4, args.critic, names)
     if args.runs:
-        out = Path(args.out or Path(args.runs[0]).parent)
-        return evaluate_runs(args.runs, args.checkpoint, args.problems, args.samples, out)
-    sd.fail("name run folders, or --tokens, --reproduce, --plot, --preflight, --filter; see --help")
+        return evaluate_runs(args.runs, args.checkpoint, count, k, out or Path(args.runs[0]).parent)
+    raise sd.UserError(
+        "name run folders, or --tokens, --reproduce, --plot, --preflight, --filter; see --help"
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, else 1."""
+def guarded(program: str, job: Callable[[], str]) -> int:
+    """Print what the job returns.
+
+    Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, else 1.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        print(run_command(argv))
+        print(job())
         return 0
     except sd.UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; the same --reproduce or --filter command goes on"
+        code, message = 130, "stopped; --reproduce and --filter go on with the same command"
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         code, message = 1, str(error)[:300]
-    print(f"eval.py: {sd.printable(message)}", file=sys.stderr)
+    print(f"{program}: {sd.printable(message)}", file=sys.stderr)
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    return guarded("eval.py", lambda: run_command(argv))
 
 
 if __name__ == "__main__":

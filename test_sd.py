@@ -1959,23 +1959,23 @@ def test_maj_at_k_equals_numbers_worked_by_hand(answers, share):
 def test_the_bootstrap_interval_covers_and_repeats():
     """Fails if it is unseeded, or too narrow."""
     values = np.random.default_rng(1).random(200)
-    low, high = evaluation.interval(values)
-    assert (low, high) == evaluation.interval(values)
+    mean, low, high = evaluation.estimate(values)
+    assert (mean, low, high) == evaluation.estimate(values)
     error = values.std() / math.sqrt(200)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert low < values.mean() < high
+    assert low < mean == values.mean() < high
 
 
-def test_a_percentage_resamples_problems_and_not_attempts():
-    """Fails if attempts at one problem count as independent, or equal values get an interval."""
-    pairs = []
-    for question, value in (("a", 0.0), ("b", 1.0)):
-        r = answered("", 0.0)
-        r.problem = sd.Problem(question, "", "")
-        pairs += [(r, value)] * 50
-    assert evaluation.percentage(pairs) == ["50.0 % [0.0, 100.0]", "100"]
-    assert evaluation.percentage(pairs[:50]) == ["0.0 %", "50"]
-    assert evaluation.percentage([]) == ["-", "0"]
+def test_an_estimate_resamples_problems_and_not_attempts():
+    """Fails if attempts at one problem count as independent, if a problem of which nothing counts
+    pulls the ratio down, or if equal values get an interval."""
+    hits = np.repeat([[0.0], [1.0]], 50, axis=1)  # (2 problems, 50 attempts)
+    assert evaluation.bracketed(evaluation.estimate(hits), unit=" %") == "50.0 % [0.0, 100.0]"
+    assert evaluation.bracketed(evaluation.estimate(hits[:1]), unit=" %") == "0.0 %"
+    counts = hits.copy()
+    counts[1, 10:] = 0
+    assert evaluation.estimate(hits * counts, counts) == (1, 1, 1)
+    assert evaluation.bracketed(evaluation.estimate(hits, 0 * hits)) == "-"
 
 
 def test_the_gap_of_a_teacher_leaves_out_attempts_without_a_context(toy):
@@ -1984,10 +1984,10 @@ def test_the_gap_of_a_teacher_leaves_out_attempts_without_a_context(toy):
     problems = sd.load_problems(cfg, toy).validation[:12]
     rollouts = sd.attempt(toy, list(enumerate(problems)), cfg, 2)
     contexts = [r.problem.solution if i % 3 else None for i, r in enumerate(rollouts)]
-    (text, count), (gap, _, _) = evaluation.teacher_row(toy, rollouts, contexts, cfg)
+    accuracy, count, (gap, _, _) = evaluation.teacher_gap(toy, rollouts, contexts, 2, cfg)
     base = np.mean([r.reward for r, context in zip(rollouts, contexts) if context])
-    assert count == "16"
-    assert 100 * gap == pytest.approx(float(text.split()[0]) - 100 * base, abs=0.06)
+    assert count == 16
+    assert gap == pytest.approx(accuracy - base)
 
 
 def test_the_interval_over_seeds_equals_a_number_worked_by_hand():
@@ -2008,11 +2008,11 @@ def test_eval_compares_runs_with_their_base_and_repeats(tmp_path, folder, capsys
         assert evaluation.main(arguments) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    attempts = {"base": [], "untrained": [], "run": []}
+    attempts = {"base": [], **{folder: [] for folder in arguments[:2]}}
     for line in (tmp_path / "eval.jsonl").read_text().splitlines():
         entry = json.loads(line)
         attempts[entry["run"]].append((entry["problem"], entry["text"]))
-    assert attempts["base"] == attempts["untrained"] != attempts["run"]
+    assert attempts["base"] == attempts[arguments[0]] != attempts[arguments[1]]
     assert len(attempts["base"]) == 5 * 3
 
 
@@ -2225,7 +2225,7 @@ def test_plot_draws_runs_that_are_short_or_still_writing(tmp_path, folder):
     # accuracy in every step of each run, and on the validation problems, where one line was cut
     drawn = sorted(line.get_xdata().tolist() for line in panels[0].lines)
     assert drawn == [[1], [1], [1, 2], [1, 2, 3], [1, 2, 3], [1, 2, 3]]
-    legend = panels[0].get_legend().get_texts()
+    legend = panels[1].get_legend().get_texts()
     assert [entry.get_text() for entry in legend] == runs
     plt.close("all")
 
@@ -2308,7 +2308,7 @@ def test_the_control_never_gets_its_own_critique(svamp, samples):
 
 @pytest.fixture
 def critic_study(monkeypatch):
-    """The study, reduced to three kinds of error; what it adds to sd.py leaves with the test."""
+    """The study, reduced to four kinds of error; what it adds to sd.py leaves with the test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(evaluation, "ARMS", dict(evaluation.ARMS))
     rows = dict(sd.CONDITIONS)
@@ -2316,7 +2316,7 @@ def critic_study(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kinds, lines = {}, {}
-    for name in ("wrong value", "reference, wrong", "grpo, flipped"):
+    for name in ("wrong value", "wrong value, all", "reference, wrong", "grpo, flipped"):
         kinds[name] = module.KINDS[name]._replace(shares=(50, 100))
         lines[name] = module.LINES[name]
     monkeypatch.setattr(module, "KINDS", kinds)
@@ -2344,7 +2344,7 @@ def test_the_critic_study_trains_every_arm_once(critic_study, tmp_path, monkeypa
         assert f"| {kind} |" in tables
         for share in critic_study.SHARES:
             name = "-".join(kind.replace(",", "").split())
-            (run,) = (tmp_path / "runs").glob(f"{name}-{share}-*")
+            (run,) = (tmp_path / "runs").glob(f"{name}-{share}-lr*")
             assert sd.load_checkpoint(run / "checkpoint.pt")["state"]["step"] == 2
     figure = (assets / "critic_study.svg").read_bytes()
     assert len(figure) > 1000
@@ -2382,7 +2382,6 @@ def test_an_error_of_the_study_is_the_one_that_it_is_named_after(critic_study):
     assert critic_study.wrong_value(right, first) is None
     assert critic_study.wrong_place(wrong, first).startswith("s7+6=4t4*3=2")
     assert critic_study.wrong_place(right, first) is None
-    assert critic_study.wrong_value_all(wrong, first) == fixed
     assert critic_study.error_missed(wrong, first) == WRONG
     assert critic_study.right_attempt_spoilt(wrong, first) is None
     # the swapped operands of the right attempt's fifth step are kept
@@ -2394,8 +2393,8 @@ def test_an_error_of_the_study_is_the_one_that_it_is_named_after(critic_study):
         assert values[0] == 3 and values[1] not in (9, 6)
         values = critic_study.read_values(critic_study.wrong_place(wrong, pick))
         assert values[1] == 6 or values[0] != 3
-        for kind in (critic_study.right_attempt_spoilt, critic_study.wrong_place_all):
-            assert critic_study.read_values(kind(right, pick)) != [3, 9, 3, 4, 5, 0]
+        values = critic_study.read_values(critic_study.right_attempt_spoilt(right, pick))
+        assert values != [3, 9, 3, 4, 5, 0]
 
 
 def test_the_study_spoils_the_share_that_it_says(critic_study):
@@ -2410,6 +2409,12 @@ def test_the_study_spoils_the_share_that_it_says(critic_study):
         spoilt[share] = {i for i, context in enumerate(contexts) if context != solution}
     assert 160 < len(spoilt[50]) < 240 and len(spoilt[100]) == 400
     assert len(set(contexts)) > 10
+    # "all": of two errors each attempt gets the one that is possible in it
+    attempts = [chain(RIGHT), chain(WRONG)]
+    copies = [sd.Reply(r.text, 5) for r in attempts]
+    write = sd.CONDITIONS["wrong value, all 100"].write
+    contexts = write(attempts, lambda conversations: copies, cfg)
+    assert contexts[0] != RIGHT and contexts[1] != WRONG
     # the same share of the rewards, and only for the advantages
     cfg = config(condition="grpo, flipped 100", group_size=2)
     group = [chain(RIGHT), chain(WRONG)]

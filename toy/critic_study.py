@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import math
 import random
 import sys
 from collections.abc import Callable
@@ -97,14 +96,6 @@ def right_attempt_spoilt(r: sd.Rollout, pick: Callable) -> str | None:
     return change(r, r.text, pick(range(LENGTH)), pick) if is_right else None
 
 
-def wrong_value_all(r: sd.Rollout, pick: Callable) -> str:
-    return wrong_value(r, pick) or right_attempt_spoilt(r, pick)
-
-
-def wrong_place_all(r: sd.Rollout, pick: Callable) -> str:
-    return wrong_place(r, pick) or right_attempt_spoilt(r, pick)
-
-
 def another_problem(r: sd.Rollout, pick: Callable) -> str:
     question = str(pick(range(10)))
     for _ in range(LENGTH):
@@ -131,58 +122,50 @@ SHARES = (25, 50, 75, 100)  # of the attempts, %
 
 class Kind(NamedTuple):
     base: str  # the condition without errors
-    spoil: Callable | None = None  # None: rewards are flipped instead
+    errors: tuple[Callable, ...] = ()  # the first that is possible; (): rewards are flipped instead
     fixed: bool = False
     shares: tuple[int, ...] = SHARES
 
 
 KINDS = {
-    "wrong value": Kind("critique", wrong_value),
-    "wrong value, fixed": Kind("critique", wrong_value, fixed=True),
-    "wrong place": Kind("critique", wrong_place),
-    "error missed": Kind("critique", error_missed),
-    "right attempt spoilt": Kind("critique", right_attempt_spoilt),
-    "wrong value, all": Kind("critique", wrong_value_all),
-    "wrong value, all, fixed": Kind("critique", wrong_value_all, fixed=True),
-    "wrong place, all": Kind("critique", wrong_place_all),
-    "wrong place, all, fixed": Kind("critique", wrong_place_all, fixed=True),
-    "another problem": Kind("critique", another_problem, shares=(100,)),
-    "answer only": Kind("critique", answer_only, shares=(100,)),
-    "reference, wrong": Kind("reference", wrong_solution),
+    "wrong value": Kind("critique", (wrong_value,)),
+    "wrong value, fixed": Kind("critique", (wrong_value,), fixed=True),
+    "wrong place": Kind("critique", (wrong_place,)),
+    "error missed": Kind("critique", (error_missed,)),
+    "right attempt spoilt": Kind("critique", (right_attempt_spoilt,)),
+    "wrong value, all": Kind("critique", (wrong_value, right_attempt_spoilt)),
+    "wrong value, all, fixed": Kind("critique", (wrong_value, right_attempt_spoilt), fixed=True),
+    "wrong place, all": Kind("critique", (wrong_place, right_attempt_spoilt)),
+    "wrong place, all, fixed": Kind("critique", (wrong_place, right_attempt_spoilt), fixed=True),
+    "another problem": Kind("critique", (another_problem,), shares=(100,)),
+    "answer only": Kind("critique", (answer_only,), shares=(100,)),
+    "reference, wrong": Kind("reference", (wrong_solution,)),
     "grpo, flipped": Kind("grpo"),
 }
 
 
-def draw(i: int, r: sd.Rollout, share: int, cfg: sd.Config) -> tuple[bool, random.Random]:
-    """Whether attempt i of a step is spoilt, and the random numbers for its error.
-
-    They follow from seed, place and problem: a run that was stopped goes on alike, and a problem
-    that is spoilt at one share is spoilt at every larger one.
-    """
-    rng = random.Random(f"{cfg.seed} {i} {r.problem.question}")
-    well_formed = len(find_steps(r.text)) == LENGTH
-    return 100 * rng.random() < share and well_formed, rng
-
-
 def spoilt_writer(kind: Kind, share: int) -> Callable:
-    def write(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> list[str | None]:
-        contexts = sd.CONDITIONS[kind.base].write(rollouts, critic, cfg)
+    """A writer of contexts, or of advantages, that spoils this share of them.
+
+    The random numbers follow from seed, place and problem: a run that was stopped goes on alike,
+    and a problem that is spoilt at one share is spoilt at every larger one.
+    """
+
+    def write(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> list:
+        spoilt = {}
         for i, r in enumerate(rollouts):
-            spoilt, rng = draw(i, r, share, cfg)
-            if spoilt:
-                contexts[i] = kind.spoil(r, pick_first if kind.fixed else rng.choice) or contexts[i]
-        return contexts
-
-    return write
-
-
-def flipped_writer(kind: Kind, share: int) -> Callable:
-    def write(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> list[float]:
-        judged = []
-        for i, r in enumerate(rollouts):
-            spoilt, _ = draw(i, r, share, cfg)
-            judged.append(replace(r, reward=1 - r.reward) if spoilt else r)
-        return sd.CONDITIONS[kind.base].write(judged, critic, cfg)
+            rng = random.Random(f"{cfg.seed} {i} {r.problem.question}")
+            if 100 * rng.random() < share and len(find_steps(r.text)) == LENGTH:
+                spoilt[i] = pick_first if kind.fixed else rng.choice
+        if not kind.errors:
+            rollouts = list(rollouts)
+            for i in spoilt:
+                rollouts[i] = replace(rollouts[i], reward=1 - rollouts[i].reward)
+        values = sd.CONDITIONS[kind.base].write(rollouts, critic, cfg)
+        for i, pick in spoilt.items():
+            for error in kind.errors:
+                values[i] = error(rollouts[i], pick) or values[i]
+        return values
 
     return write
 
@@ -197,7 +180,7 @@ def add_rows() -> list[str]:
     for name, kind in KINDS.items():
         for share in kind.shares:
             arm = arm_name(name, share)
-            write = spoilt_writer(kind, share) if kind.spoil else flipped_writer(kind, share)
+            write = spoilt_writer(kind, share)
             sd.CONDITIONS[arm] = sd.CONDITIONS[kind.base]._replace(write=write)
             evaluation.ARMS[arm] = ["--condition", arm]
             arms.append(arm)
@@ -211,12 +194,17 @@ RIGHT, GAP = "right answers, %", "preflight gap, points"
 BLAME, PRAISE = "blame on the first wrong step, %", "A of a right attempt's values, nats"
 
 
-@torch.no_grad()
-def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, float]:
-    """What its context does to an attempt, nats; nan where that is not defined.
+WRONG_VALUE, RIGHT_VALUE = "A of the first wrong value", "log-ratio of the right value"
+OTHER_VALUES, ELSEWHERE = "of the other eight", "A of other steps"
+MEASURES = (RIGHT, BLAME, PRAISE, WRONG_VALUE, RIGHT_VALUE, OTHER_VALUES, ELSEWHERE)
 
-    Blame is negative A. "drawn", "right" and "rivals" are log-ratios, teacher to student, of the
-    drawn value of the first wrong step, of the right one, and the mean of the other eight.
+
+@torch.no_grad()
+def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, tuple]:
+    """What its context does to an attempt: numerator and denominator of each of MEASURES.
+
+    Blame is negative A. A log-ratio is of the teacher's probability to the student's, in nats. What
+    is not defined for an attempt is 0 / 0, which does not count.
     """
     log_probs = []
     # there is no adapter yet: student and teacher differ in their prompts alone
@@ -225,51 +213,39 @@ def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, float]:
         log_probs.append(sd.log_probs(hidden, chat.head, cfg.temperature))  # (T, V)
     log_ratio = log_probs[1] - log_probs[0]
     a = sd.of_drawn(log_ratio, torch.tensor(r.sample.ids))  # (T,), eq (2)
-    row = dict.fromkeys(("praise", "drawn", "right", "rivals", "elsewhere"), math.nan)
-    row["answer"] = sd.is_correct(r.context, r.problem.answer, cfg.grader)
-    row["blame"] = -a.clamp(max=0).sum()
     # a token is a character; the last one of each step is its value
     values = slice(STEP - 1, STEP * LENGTH, STEP)
     place = first_wrong_step(r)
-    step = a[STEP * place : STEP * (place + 1)] if place < LENGTH else a[:0]
-    row["on step"] = -step.clamp(max=0).sum()
+    row = dict.fromkeys(MEASURES, (0, 0))
+    row[RIGHT] = 100 * sd.is_correct(r.context, r.problem.answer, cfg.grader), 1
+    blame = -a.clamp(max=0)
+    # the slice is empty in a right attempt
+    row[BLAME] = 100 * blame[: STEP * LENGTH][STEP * place : STEP * (place + 1)].sum(), blame.sum()
     if place == LENGTH:
-        row["praise"] = a[values].sum()
-    else:
-        digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
-        ratios = log_ratio[values, digits][place]  # (10,)
-        row["drawn"] = step[-1]
-        row["right"] = ratios[language.values(r.problem.question)[place]]
-        row["rivals"] = (ratios.sum() - row["right"] - row["drawn"]) / 8
-        row["elsewhere"] = (a.sum() - step.sum()) / (len(a) - STEP)
-    return {name: float(number) for name, number in row.items()}
+        row[PRAISE] = a[values].sum(), 1
+        return row
+    step = a[STEP * place : STEP * (place + 1)]
+    digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
+    ratios = log_ratio[values, digits][place]  # (10,)
+    right = ratios[language.values(r.problem.question)[place]]
+    row[WRONG_VALUE] = step[-1], 1
+    row[RIGHT_VALUE] = right, 1
+    row[OTHER_VALUES] = (ratios.sum() - right - step[-1]) / 8, 1
+    row[ELSEWHERE] = (a.sum() - step.sum()) / (len(a) - STEP), 1
+    return row
 
 
 def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dict[str, tuple]:
-    """The numbers of an arm, each with its text."""
+    """The numbers of an arm, each with its bootstrap interval over problems."""
     contexts = sd.CONDITIONS[arm].write(rollouts, critic, cfg)
-    _, (gap, low, high) = evaluation.teacher_row(chat, rollouts, contexts, cfg)
-    for r, context in zip(rollouts, contexts):
-        r.context = context
-    rows = [measure(chat, r, cfg) for r in sd.prepare(chat, rollouts, cfg)]
-    seen = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return {
-        RIGHT: ratio(100 * seen["answer"]),
-        GAP: (100 * gap, f"{100 * gap:.2f} [{100 * low:.2f}, {100 * high:.2f}]"),
-        BLAME: ratio(100 * seen["on step"], seen["blame"]),
-        PRAISE: ratio(seen["praise"]),
-        "A of the first wrong value": ratio(seen["drawn"]),
-        "log-ratio of the right value": ratio(seen["right"]),
-        "of the other eight": ratio(seen["rivals"]),
-        "A of other steps": ratio(seen["elsewhere"]),
-    }
-
-
-def ratio(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, str]:
-    """Σ top / Σ bottom without nan, and its text with the bootstrap interval over problems."""
-    known = ~np.isnan(top)
-    top, bottom = top[known], np.broadcast_to(bottom, top.shape)[known]
-    return top.sum() / bottom.sum(), evaluation.cell(top, bottom, scale=1, digits=2)
+    _, _, gap = evaluation.teacher_gap(chat, rollouts, contexts, 1, cfg)
+    readers = [replace(r, context=context) for r, context in zip(rollouts, contexts)]
+    rows = [measure(chat, r, cfg) for r in sd.prepare(chat, readers, cfg)]
+    numbers = {GAP: tuple(100 * number for number in gap)}
+    for name in MEASURES:
+        top, bottom = np.array([row[name] for row in rows], float).T
+        numbers[name] = evaluation.estimate(top, bottom)
+    return numbers
 
 
 def look_at_all(arms: list[str], cfg: sd.Config) -> dict[str, dict]:
@@ -316,7 +292,9 @@ def shares_table(title: str, values: dict[str, np.ndarray]) -> str:
 def looks_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
     rows = []
     for arm, numbers in looks.items():
-        texts = [text for _, text in numbers.values()]
+        texts = []
+        for number in numbers.values():
+            texts.append(evaluation.bracketed(number, 1, ".2f"))
         rows.append([arm, evaluation.over_seeds(gains[arm]), *texts])
     return evaluation.markdown(["", "gain", *numbers], rows)
 
@@ -328,16 +306,14 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 def correlations_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
     """Over arms, for each seed; then the mean over seeds."""
+    ys = np.array([gains[arm] for arm in looks]).T
     rows = []
     for name in looks["critique"]:
         x = np.array([numbers[name][0] for numbers in looks.values()])
-        spearman, pearson = [], []
-        for y in np.array([gains[arm] for arm in looks]).T:
-            spearman.append(np.corrcoef(ranks(x), ranks(y))[0, 1])
-            pearson.append(np.corrcoef(x, y)[0, 1])
         rows.append([name])
-        for r in (np.array(spearman), np.array(pearson)):
-            rows[-1].append(f"{r.mean():.2f} ± {evaluation.half_width(r):.2f}")
+        for form in (ranks, np.array):
+            r = [np.corrcoef(form(x), form(y))[0, 1] for y in ys]
+            rows[-1].append(f"{np.mean(r):.2f} ± {evaluation.half_width(np.array(r)):.2f}")
     return evaluation.markdown(["gain against", "Spearman", "Pearson"], rows)
 
 
@@ -357,23 +333,21 @@ def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
         [["shares", RIGHT, BLAME], ["shares", GAP, PRAISE]],
         figsize=(10, 5), width_ratios=(1.4, 1, 1), sharey=True, layout="constrained",
     )  # fmt: skip
-    for (kind, marker), colour in zip(LINES.items(), evaluation.COLOURS):
+    for kind, marker in LINES.items():
         ys = [gains[arm_name(kind, share)] for share in (0, *SHARES)]
-        draw_points(axes["shares"], (0, *SHARES), ys, marker=marker, color=colour, label=kind)
+        draw_points(axes["shares"], (0, *SHARES), ys, fmt=f"{marker}-", label=kind)
     axes["shares"].set(xlabel="share of errors, %", ylabel="gain over the base, points")
-    axes["shares"].legend(frameon=False)
-    bases = {"critique": ("o", evaluation.COLOURS[2]), "reference": ("D", evaluation.COLOURS[3])}
-    for base, (marker, colour) in bases.items():
-        arms = [arm for arm in looks if arm.startswith("reference") == (base == "reference")]
-        ys = [gains[arm] for arm in arms]
-        style = dict(marker=marker, color=colour, linestyle="none", label=f"every arm of {base}")
-        for name in (RIGHT, BLAME, GAP, PRAISE):
-            draw_points(axes[name], [looks[arm][name][0] for arm in arms], ys, **style)
-            axes[name].set_xlabel(name)
-    axes[RIGHT].legend(frameon=False, fontsize=8, loc=(0.4, 0.2))
+    axes["shares"].legend()
+    for name in (RIGHT, BLAME, GAP, PRAISE):
+        axes[name].set_xlabel(name)
+        for base, style in {"critique": "oC2", "reference": "DC3"}.items():
+            arms = [arm for arm in looks if arm.startswith("reference") == (base == "reference")]
+            x = [looks[arm][name][0] for arm in arms]
+            ys = [gains[arm] for arm in arms]
+            draw_points(axes[name], x, ys, fmt=style, label=f"every arm of {base}")
+    axes[RIGHT].legend(fontsize=8, loc=(0.4, 0.2))
     for axis in axes.values():
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)
     return figure
 
@@ -382,7 +356,7 @@ def draw_points(axis, x, ys: list[np.ndarray], **style) -> None:
     """Means over seeds with intervals."""
     means = [100 * y.mean() for y in ys]
     halves = [100 * evaluation.half_width(y) for y in ys]
-    axis.errorbar(x, means, halves, markersize=4, linewidth=1, **style)
+    axis.errorbar(x, means, halves, linewidth=1, **style)
 
 
 def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
@@ -416,27 +390,21 @@ def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
     ]) + "\n"  # fmt: skip
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "critic_study.md").write_text(text, "utf-8")
-    draw_figure(plt, looks, gains).savefig(assets / "critic_study.svg", metadata={"Date": None})
+    evaluation.save_figure(draw_figure(plt, looks, gains), assets / "critic_study.svg")
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=evaluation.positive, default=5)
     parser.add_argument("--out", type=Path, default="runs/critic_study", help="folder of the runs")
     parser.add_argument("--assets", type=Path, default="assets", help="folder of table and figure")
     parser.add_argument("flags", nargs="*", help="after --: flags of sd.py")
     args = parser.parse_args(argv)
-    try:
-        print(study(args.out, args.assets, args.seeds, args.flags or ["--preset", "toy"]))
-        return 0
-    except sd.UserError as error:
-        code, message = 2, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "stopped; the same command goes on"
-    print(f"critic_study.py: {sd.printable(message)}", file=sys.stderr)
-    return code
+    flags = args.flags or ["--preset", "toy"]
+    return evaluation.guarded(
+        "critic_study.py", lambda: study(args.out, args.assets, args.seeds, flags)
+    )
 
 
 if __name__ == "__main__":
