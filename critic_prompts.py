@@ -32,7 +32,7 @@ Solve this problem.
 
 {problem}
 
-""" + STEPS_FORMAT
+{format}"""
 
 # The question stands first and the format last, as in STUDENT.
 TEACHER = """\
@@ -45,7 +45,7 @@ mentioning it:
 
 {context}
 
-""" + STEPS_FORMAT
+{format}"""
 
 # The critic's instructions, one row for each value of --critic-style. A transformer copies what its
 # context holds. So, in the paper's account, a wrong line that is quoted is reinforced even when it
@@ -149,10 +149,12 @@ def steps_trace(reply: str) -> str | None:
 
 # ---- 2. "plain", for chat models that ignore tags: paragraphs and \boxed{}. ----------------------
 
-# {{}} is what str.format turns into {}
-PLAIN_FORMAT = "Reason step by step, and put your final answer within \\boxed{{}}."
+PLAIN_FORMAT = "Reason step by step, and put your final answer within \\boxed{}."
 
-PLAIN_STUDENT = "{problem}\n\n" + PLAIN_FORMAT
+PLAIN_STUDENT = """\
+{problem}
+
+{format}"""
 
 PLAIN_TEACHER = """\
 {problem}
@@ -162,7 +164,7 @@ mentioning it:
 
 {context}
 
-""" + PLAIN_FORMAT
+{format}"""
 
 # The request names the one thing that small critics get wrong: Qwen2.5-Coder-1.5B-Instruct copied
 # attempts to the last character, wrong ones too, without a look at the solution.
@@ -266,8 +268,9 @@ def toy_trace(reply: str) -> str | None:
 class Format(NamedTuple):
     """One way of talking to a model: texts with gaps, and two functions that read its replies."""
 
-    student_text: str  # with {problem}
-    teacher_text: str  # with {problem} and {context}
+    answer_format: str  # what solver and teacher are asked for
+    student_text: str  # with {problem} and {format}
+    teacher_text: str  # with {problem}, {context} and {format}
     styles: dict[str, str]  # the critic's instructions, for each --critic-style
     task: str  # what the critic is asked, with {problem}, {notes} and {attempt}
     notes: str  # with {solution}
@@ -276,10 +279,11 @@ class Format(NamedTuple):
     extract_trace: Callable  # (critic's reply) → the trace in it, or None if it is malformed
 
     def student(self, problem: str) -> list[dict]:
-        return [user(self.student_text.format(problem=problem))]
+        return [user(self.student_text.format(problem=problem, format=self.answer_format))]
 
     def teacher(self, problem: str, context: str) -> list[dict]:
-        return [user(self.teacher_text.format(problem=problem, context=context))]
+        text = self.teacher_text.format(problem=problem, context=context, format=self.answer_format)
+        return [user(text)]
 
     def critic(self, problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
         """Instructions, worked examples and the attempt. Without a solution there are no notes."""
@@ -304,15 +308,16 @@ def user(text: str) -> dict[str, str]:
 
 FORMATS = {
     "steps": Format(
-        STUDENT, TEACHER, STYLES, CRITIC_TASK, NOTES, EXAMPLES, steps_find, steps_trace
+        STEPS_FORMAT, STUDENT, TEACHER, STYLES, CRITIC_TASK, NOTES, EXAMPLES,
+        steps_find, steps_trace,
     ),
     "plain": Format(
-        PLAIN_STUDENT, PLAIN_TEACHER, PLAIN_STYLES, PLAIN_TASK, PLAIN_NOTES, [PLAIN_EXAMPLE],
-        plain_find, plain_trace,
+        PLAIN_FORMAT, PLAIN_STUDENT, PLAIN_TEACHER, PLAIN_STYLES, PLAIN_TASK, PLAIN_NOTES,
+        [PLAIN_EXAMPLE], plain_find, plain_trace,
     ),
     "toy": Format(
-        "{problem}", "{problem}|{context}", TOY_MARKS, "{problem}|{attempt}|{notes}", "{solution}",
-        [], toy_find, toy_trace,
+        "", "{problem}", "{problem}|{context}", TOY_MARKS, "{problem}|{attempt}|{notes}",
+        "{solution}", [], toy_find, toy_trace,
     ),
 }  # fmt: skip
 

@@ -174,7 +174,9 @@ def evaluate_runs(
     for folder, checkpoint in runs.items():
         for field in SHARED_FIELDS:
             if getattr(checkpoint["config"], field) != getattr(cfg, field):
-                sd.fail(f"{folder} and {folders[0]} differ in {field}: they cannot share a table")
+                raise sd.UserError(
+                    f"{folder} and {folders[0]} differ in {field}: they cannot share a table"
+                )
     cfg = replace(cfg, eval_samples=k or cfg.eval_samples)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -228,7 +230,7 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     """
     saved = sd.load_checkpoint(Path(folder, "checkpoint.pt"))["config"]
     if sd.is_url(saved.critic) and saved.critic != url:
-        sd.fail(
+        raise sd.UserError(
             f"argument --critic: give {saved.critic} again if you trust it; the API key is sent to "
             "no address that only a file names"
         )
@@ -240,7 +242,9 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     readers, critic = {}, None
     for name in names:
         if name not in token_contexts():
-            sd.fail(f"argument --contexts: {name!r} is not one of {', '.join(token_contexts())}")
+            raise sd.UserError(
+                f"argument --contexts: {name!r} is not one of {', '.join(token_contexts())}"
+            )
         condition, changes = token_contexts()[name]
         if condition.asks_critic and critic is None:
             critic = sd.load_critic(cfg, chat)
@@ -532,15 +536,19 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
     )  # fmt: skip
     sd.check_config(cfg)
     if every > cfg.steps:
-        sd.fail("argument --eval-every: must be at most --steps, so that there is a curve")
+        raise sd.UserError(
+            "argument --eval-every: must be at most --steps, so that there is a curve"
+        )
     if (folder / "checkpoint.pt").exists():
         checkpoint = sd.load_checkpoint(folder / "checkpoint.pt")
         for field in vars(cfg).keys() - FREE_FIELDS:
             if getattr(checkpoint["config"], field) != getattr(cfg, field):
-                sd.fail(f"{folder} was trained with another {field}; choose another --out")
+                raise sd.UserError(
+                    f"{folder} was trained with another {field}; choose another --out"
+                )
         steps = checkpoint["state"]["step"]
         if steps > cfg.steps:
-            sd.fail(f"{folder} was trained for more steps; choose another --out")
+            raise sd.UserError(f"{folder} was trained for more steps; choose another --out")
         if steps == cfg.steps:
             return folder
         cfg = replace(cfg, resume=True)
@@ -644,11 +652,12 @@ def costs_table(runs: dict, k: int) -> str:
 
 # ---- 5. Figures. ---------------------------------------------------------------------------------
 
+
 def load_pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        sd.fail("figures need matplotlib: pip install matplotlib")
+        raise sd.UserError("figures need matplotlib: pip install matplotlib")
     plt.switch_backend("Agg")
     # told apart in print and by the colour-blind; "C0" is the first
     colours = ["#b2182b", "#2166ac", "#4d4d4d", "#e08214", "#1b7837", "#762a83"]
@@ -834,7 +843,7 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
     if not problems:
-        sd.fail("argument --validation-problems: --preflight needs at least 1")
+        raise sd.UserError("argument --validation-problems: --preflight needs at least 1")
     critic = sd.load_critic(cfg, chat)
     numbered, seconds = list(enumerate(problems)), {}
     with sd.timed(seconds, "sample"):
@@ -1023,7 +1032,7 @@ def positive(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = sd.Parser(
         prog="eval.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1031,7 +1040,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="--reproduce and --filter pass what follows -- on to sd.py: "
         "eval.py --reproduce -- --model FOLDER --data FILE",
     )
-    parser.error = sd.fail
     add = parser.add_argument
     add("runs", nargs="*", help="run folders to compare; or, after --, flags of sd.py")
     add("--tokens", metavar="RUN", help="A of every token, on the problems that RUN held out")
@@ -1079,7 +1087,7 @@ def run_command(argv: list[str] | None) -> str:
     args, unknown = build_parser().parse_known_args(argv)
     if args.preflight:
         # all flags but these are sd.py's, --critic as well, and stay in their order
-        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser = sd.Parser(allow_abbrev=False)
         parser.add_argument("--preflight", action="store_true")
         parser.add_argument("--problems", type=positive, default=32)
         parser.add_argument("--samples", type=positive, default=2)

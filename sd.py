@@ -5,11 +5,11 @@ copied word for word, the first wrong step corrected, and the rest finished from
 is the same network with this critique in its prompt. The solver learns to match the teacher's token
 distribution on its own attempt. If you know GRPO, this is what differs:
 
-  1. One attempt a problem. There is no group baseline, so every attempt is at another problem.
-  2. Credit is a distribution at every token, not one number a rollout: it can blame a single line.
-  3. Credit comes from the network itself. The teacher is the initial policy (LoRA adapter off) with
-     a context c in its prompt that the student does not see. There is no reward model and no second
-     copy of the weights, and the teacher's weights never change.
+  1. One attempt per problem. There is no group baseline, so every attempt is at another problem.
+  2. Credit is a distribution at every token, not one number per rollout: it can single out a token.
+  3. Credit comes from the network's own initial weights (LoRA adapter off), with a context c in the
+     prompt that the student does not see. There is no reward model, no second copy of the weights,
+     and the teacher never changes.
   4. Whether the answer is right never reaches the loss. It is graded for the log.
 
 The equations, with p = student and q = teacher over the vocabulary at one token, z the student's
@@ -22,9 +22,8 @@ logits divided by the temperature, sg the stop-gradient:
   (5)  D = KL(q‖p) = Σ_v q (log q − log p)      ∂D/∂z = p − q                   "teacher||student"
 
 One difference from (1): `update` divides by the number of scored tokens of the whole step, not by
-|y| for each rollout and then by the number of rollouts. A mean of means over-weights the tokens of
-short attempts, and depends on how rollouts are split into micro-batches. Both hold y fixed: no
-gradient goes through the sampling.
+|y| for each rollout and then by the number of rollouts. A mean of means would over-weight the
+tokens of short attempts. No gradient flows through the sampling: y is held fixed.
 
 Start reading at `take_step`. It calls, in this order:
 
@@ -33,8 +32,9 @@ Start reading at `take_step`. It calls, in this order:
   prepare           the teacher's prompt, with c inside
   update            both forward passes, the loss and its gradient, one step of AdamW
 
-Shapes: B rows of a batch, T response tokens, N scored tokens of a micro-batch, H hidden width, V
-vocabulary. The prompts are in critic_prompts.py; tables and figures are made by eval.py.
+Shapes: B prompts of a batch, G rollouts of a group, T tokens of a response, N scored tokens of a
+micro-batch, H hidden width, V vocabulary. The prompts are in critic_prompts.py; tables and figures
+are made by eval.py.
 
   python sd.py --condition critique                no GPU, no hub: a toy model, half a minute
   python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
@@ -90,9 +90,9 @@ def knob(default, text: str, low: float | None = None):
 
 @dataclass(frozen=True)
 class Config:
-    """Where a default comes from: (paper); (OPSD), the method it builds on; (untuned), our guess.
+    """Where a default comes from: (paper); (OPSD), the method it builds on; unmarked: our choice.
 
-    A preset beats the defaults, a flag beats both.
+    A preset overrides the defaults, a flag overrides both.
     """
 
     # what is trained
@@ -115,10 +115,9 @@ class Config:
     critic_style: str = knob("copy", "copy and correct, quote the error, or omit what is right")
     critic_max_new_tokens: int = knob(0, "cap of a critique; 0: twice an attempt's", low=0)
     # the loss
-    kl: str = knob("student||teacher", "eq (4), eq (5), or eq (2) at the drawn token")
+    kl: str = knob("student||teacher", "eq (4), eq (5), or one sampled token with eq (2)")
     stop_at_first_edit: bool = knob(False, "score no token past the first corrected one (ours)")
     teacher_thinking: bool = knob(False, "the teacher's template thinks (paper: yes)")
-    max_prompt_tokens: int = knob(0, "longest teacher prompt; 0: what the window holds", low=0)
     # optimisation
     steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
     attempts_per_step: int = knob(32, "rollouts a step, in every condition (paper)", low=1)
@@ -130,14 +129,14 @@ class Config:
     # sampling
     temperature: float = knob(1.1, "of sampling and of the loss alike (paper)", low=1e-3)
     max_new_tokens: int = knob(2048, "cap of an attempt, tokens (paper)", low=1)
-    # memory and speed: up to rounding, only dtype changes a result
+    # memory and speed: apart from rounding, only dtype changes a result
     sample_batch: int = knob(64, "rows that generate at once; memory, not results", low=1)
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
     gradient_checkpointing: bool = knob(True, "recompute activations; memory, not results")
     dtype: str = knob("auto", "of the frozen weights; auto: bfloat16 on CUDA, else float32")
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
-    threads: int = knob(0, "of torch on the CPU; 0: its own choice, all cores", low=0)
+    threads: int = knob(0, "CPU threads of torch; 0: its own choice, all cores", low=0)
     # evaluation, checkpoints, output
     eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
     eval_samples: int = knob(12, "attempts a problem in every evaluation (paper)", low=1)
@@ -180,7 +179,7 @@ PRESETS = {
 
 
 class UserError(Exception):
-    """Something that the user can put right. `main` prints it as one line and exits with 2."""
+    """A mistake that the user can correct. `main` prints it as one line and exits with 2."""
 
 
 class Problem(NamedTuple):
@@ -201,7 +200,7 @@ class Reply(NamedTuple):
     """What a critic answered."""
 
     text: str | None  # None: the request failed, or the reply was cut off
-    tokens: int  # generated, as far as is known
+    tokens: int  # generated; 0 if a server does not say
 
 
 @dataclass
@@ -214,7 +213,7 @@ class Rollout:
     text: str
     reward: float  # 1 if right, else 0
     context: str | None = None  # c of eq (1); None: no teacher, or no valid critique
-    critic_tokens: int = 0  # generated for it
+    critic_tokens: int = 0  # that the critic generated
     teacher_prompt: list[int] | None = None
     scored_length: int | None = None  # response tokens that are scored; None: all
     advantage: float = 0.0  # eq (3)
@@ -246,16 +245,18 @@ class Chat:
         text = self.tokenizer.apply_chat_template(
             safe, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
-        # the template has written the special tokens already
+        # the template has already written the special tokens
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # a tokenizer without byte fallback maps whatever it does not know to one token
+        # a tokenizer without byte fallback maps all that it does not know to one token
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and unknown not in self.end_ids:
-            raise UserError(f"the tokenizer cannot read {text[:80]!r}; other --prompts or --data?")
+            raise UserError(
+                f"the tokenizer has no tokens for {text[:80]!r}; choose other --prompts or --data"
+            )
         return ids
 
     def escape(self, text: str) -> str:
-        """Put a space into the name of each special token, so that no text can end its own turn."""
+        """Put a space into the name of each special token, so that a text cannot end its turn."""
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special:
                 text = text.replace(token.content, token.content[:1] + " " + token.content[1:])
@@ -285,18 +286,18 @@ class Run:
 # ---- 3. LoRA: an adapter that can be switched off. Off, the model is the initial policy. ---------
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) B A x, with W frozen and A (rank, in), B (out, rank) trained.
 
-    B starts at zero, so the student starts as the teacher. A and B are float32 whatever W is: at
-    lr 5e-6 a bfloat16 update rounds to zero.
+    B starts at zero, so the student starts with the teacher's weights. A and B are float32 whatever
+    W is: at lr 5e-6 a bfloat16 update rounds to zero.
     """
 
     enabled = True  # switched by adapters_off
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
-        # on the meta device nothing is allocated: W is the one that is there already
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        super().__init__()
+        # under their old names, so that the names in the model's state dict stay the same
         self.weight, self.bias = linear.weight, linear.bias
         self.scale = alpha / rank
         device = linear.weight.device
@@ -308,14 +309,14 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if self.enabled:
-            # cast to the base's dtype for speed; the gradients are accumulated in float32
+            # cast for speed; over micro-batches the gradients are accumulated in float32
             y = y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return y
 
 
 def add_adapters(model: nn.Module, cfg: Config) -> None:
     """Freeze the model, and put a LoRALinear in place of every projection but the head."""
-    # its own generator: the global random state is left alone
+    # its own generator, so that the adapters do not depend on other random draws
     generator = torch.Generator().manual_seed(cfg.seed)
     head = model.get_output_embeddings()
     model.requires_grad_(False)
@@ -341,22 +342,22 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Do not call backward inside: gradient checkpointing would recompute the student's blocks without
     the adapter.
     """
-    on = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
-    for layer in on:
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer in on:
+        for layer in layers:
             layer.enabled = True
 
 
-# The weights of the three frozen roles. All three are the initial policy; a fork changes one alone.
-# A teacher that averages past adapters, say, is a context manager that swaps p.data, an update of
-# the average behind optimizer.step(), and an entry in the checkpoint.
+# The weights of the three frozen roles. All are the initial policy here; a fork changes one alone.
+# A teacher that averages past adapters, for example, is a context manager that swaps p.data, an
+# update of the average after optimizer.step(), and an entry in the checkpoint.
 teacher_weights = adapters_off  # q of the equations
 critic_weights = adapters_off  # of `--critic self`
-base_weights = adapters_off  # "before" in the closing comparison
+base_weights = adapters_off  # of the closing comparison, and of the KL to the base
 
 
 # ---- 4. Sample. ----------------------------------------------------------------------------------
@@ -397,21 +398,21 @@ def generate(
 def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list[Sample]:
     """All prompts at once. Finished rows are dropped from the batch and from the KV cache.
 
-    Raises FloatingPointError if logits are not finite.
+    Raises FloatingPointError, after the last token, if any logits were not finite.
     """
     device, B = chat.model.device, len(prompts)
-    # padding stands on the left, so that the next token of every row is in the same column
+    # padded on the left, so that the next token of every row is in the same column
     ids = pad(prompts, chat.end_ids[0], "left").to(device)  # (B, width)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(device)
-    # a padded row's first real token stands at position 0
+    # the first real token of a padded row has position 0
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     if mask.all():
         mask = None  # an all-ones mask slows the forward by 20 %
     if uniforms is not None:
         uniforms = torch.from_numpy(uniforms).to(device)
     ends = torch.tensor(chat.end_ids, device=device)
-    # rows[i] is the prompt that row i of the shrinking batch belongs to
-    rows = torch.arange(B, device=device)
+    # the prompt that each row of the shrinking batch belongs to
+    alive = torch.arange(B, device=device)
     # -1: nothing drawn
     drawn = torch.full((B, max_new_tokens), -1, device=device)
     entropy = torch.zeros(B, device=device)
@@ -425,32 +426,31 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
         # only the last position predicts; float32 from the logits on, as in the loss
         logits = F.linear(hidden[:, -1], chat.head).float() / temperature
         p = F.softmax(logits, -1)  # (rows, V)
-        entropy[rows] += torch.special.entr(p).sum(-1)
+        entropy[alive] += torch.special.entr(p).sum(-1)
         if uniforms is None:
             token = p.argmax(-1)  # greedy, for the critic
         else:
             # inverse CDF: the first token whose cumulative probability exceeds the uniform number
             cdf = p.cumsum(-1)
-            u = uniforms[rows, t, None] * cdf[:, -1:]
-            token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-        drawn[rows, t] = token
-        # rows that have not drawn an end token
-        keep = torch.isin(token, ends, invert=True).nonzero()[:, 0]
-        if len(keep) == 0:
+            u = uniforms[alive, t, None] * cdf[:, -1:]
+            token = torch.searchsorted(cdf, u, right=True)[:, 0]
+            # index V comes from logits that are not finite, which is reported below
+            token = token.clamp(max=cdf.shape[1] - 1)
+        drawn[alive, t] = token
+        unfinished = torch.isin(token, ends, invert=True).nonzero()[:, 0]
+        if len(unfinished) == 0:
             break
-        if len(keep) < len(rows):
-            # made for beam search; it selects rows in every kind of cache
-            cache.reorder_cache(keep)
-            rows, token, position = rows[keep], token[keep], position[keep]
-            mask = None if mask is None else mask[keep]
-        # the token that was drawn is the next input
+        if len(unfinished) < len(alive):
+            # its name is from beam search; it selects rows in every kind of cache
+            cache.reorder_cache(unfinished)
+            alive, token, position = alive[unfinished], token[unfinished], position[unfinished]
+            mask = None if mask is None else mask[unfinished]
         ids, position = token[:, None], position[:, -1:] + 1
         if mask is not None:
             mask = F.pad(mask, (0, 1), value=1)
 
     if not entropy.isfinite().all():
         raise FloatingPointError("the logits are not finite while sampling")
-    # cut each row behind its last token
     samples = []
     for row, total in zip(drawn.tolist(), entropy.tolist()):
         response = [i for i in row if i >= 0]
@@ -481,7 +481,7 @@ def attempt(
     )
     rollouts = []
     for problem, prompt, sample in zip(repeated, prompts, drawn):
-        # text is for the critic, the grader and people; the loss uses the ids
+        # the text is for the critic, the grader and the reader; the loss uses the ids
         text = chat.decode(sample.ids)
         reward = float(is_correct(text, problem.answer, cfg.grader))
         rollouts.append(Rollout(problem, prompt, sample, text, reward))
@@ -503,23 +503,22 @@ class LocalCritic:
     batch_size: int
 
     def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
-        prompts = [self.chat.encode(messages) for messages in conversations]
+        # a prompt that leaves no room for the reply gets none
         room = self.chat.window - self.max_new_tokens
-        fitting = [prompt for prompt in prompts if len(prompt) <= room]
+        fitting = {}
+        for i, messages in enumerate(conversations):
+            prompt = self.chat.encode(messages)
+            if len(prompt) <= room:
+                fitting[i] = prompt
         with critic_weights(self.chat.model):
             samples = generate(
-                self.chat, fitting, self.max_new_tokens,
+                self.chat, list(fitting.values()), self.max_new_tokens,
                 batch_size=self.batch_size, work="critiques",
             )  # fmt: skip
-        replies, samples = [], iter(samples)
-        for prompt in prompts:
-            if len(prompt) > room:
-                replies.append(Reply(None, 0))
-                continue
-            sample = next(samples)
-            # half a critique is not a critique
+        replies = [Reply(None, 0)] * len(conversations)
+        for i, sample in zip(fitting, samples):
             text = None if sample.truncated else self.chat.decode(sample.ids)
-            replies.append(Reply(text, len(sample.ids)))
+            replies[i] = Reply(text, len(sample.ids))
         return replies
 
 
@@ -527,9 +526,9 @@ class LocalCritic:
 
 
 def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> list[str | None]:
-    """The critic, who sees problem, attempt and solution: the attempt, corrected.
+    """c is the attempt, corrected by the critic, who sees problem, attempt and solution.
 
-    A reply that is empty, cut off, or without steps and an answer becomes None: half a trace or an
+    A reply that is cut off, or that lacks steps or an answer, becomes None: half a trace or an
     error message in the teacher's prompt would be distilled like any other text.
     """
     prompt_format, conversations = FORMATS[cfg.prompts], []
@@ -540,7 +539,8 @@ def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> lis
     critiques = []
     for r, reply in zip(rollouts, critic(conversations)):
         r.critic_tokens = reply.tokens
-        # without the critic's thinking, and without the words around its trace
+        # without the critic's thinking and the words around its trace; the limit bounds the time
+        # that regular expressions take on a runaway reply
         trace = prompt_format.extract_trace(strip_thinking(reply.text or "")[:200_000])
         valid = trace is not None and extract_answer(trace) is not None
         critiques.append(trace if valid else None)
@@ -548,16 +548,16 @@ def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> lis
 
 
 def copy_solutions(rollouts: list[Rollout], critic, cfg: Config) -> list[str]:
-    """The data set: its worked solution, in its author's words."""
+    """c is the data set's worked solution, in its author's words."""
     return [r.problem.solution for r in rollouts]
 
 
 def group_advantages(rollouts: list[Rollout], critic, cfg: Config) -> list[float]:
-    """Eq (3) within the attempts at one problem, which stand side by side."""
-    r = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)  # (problems, G)
-    spread = r.std(1, keepdims=True)
+    """Eq (3). The G attempts at one problem follow one another."""
+    rewards = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)  # (problems, G)
+    spread = rewards.std(1, keepdims=True)
     # equal rewards carry no signal: 0, not 0 / 0
-    advantages = (r - r.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    advantages = (rewards - rewards.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
     return advantages.flatten().tolist()
 
 
@@ -579,7 +579,7 @@ CONDITIONS = {
 
 
 def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) -> None:
-    """Give each rollout its context, or in grpo its advantage. Here the conditions differ."""
+    """Give each rollout its context, or in grpo its advantage."""
     values = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
     for r, value in zip(rollouts, values):
         if cfg.has_teacher:
@@ -592,14 +592,12 @@ def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) 
 
 
 def prepare(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
-    """The rollouts that are scored, with their teacher's prompts. In grpo all, and without one.
+    """The rollouts that are scored, each with its teacher's prompt; in grpo all, without one.
 
     A rollout without a context is left out, and so is one whose context does not fit the window.
     """
     if not cfg.has_teacher:
         return rollouts
-    # the response must fit the window as well
-    room = min(chat.window - cfg.max_new_tokens, cfg.max_prompt_tokens or chat.window)
     scored = []
     for r in rollouts:
         if r.context is None:
@@ -607,7 +605,7 @@ def prepare(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
         # problem and context; the attempt itself is not shown to the teacher
         messages = FORMATS[cfg.prompts].teacher(r.problem.question, r.context)
         prompt = chat.encode(messages, cfg.teacher_thinking)
-        if len(prompt) > room:
+        if len(prompt) + len(r.sample.ids) > chat.window:
             continue
         r.teacher_prompt = prompt
         if cfg.stop_at_first_edit:
@@ -620,14 +618,17 @@ def prepare(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
 def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
     """(rows, width of the longest)."""
     tensors = [torch.tensor(row) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
+    return nn.utils.rnn.pad_sequence(
+        tensors, batch_first=True, padding_value=value, padding_side=side
+    )
 
 
 def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
     """The hidden states that predict each response token, (N, H), responses one after the other.
 
-    Rows are padded on the right. A causal model never looks ahead, so padding reaches no scored
-    position. No mask is made from token values: the end token often pads, and it must be scored.
+    Rows are padded on the right, so no mask is needed: a causal model never attends to a later
+    position. A mask made from token values would be wrong, because the end token often pads, and it
+    must be scored.
     """
     # ids in, ids out: a response is never decoded and encoded again
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
@@ -653,14 +654,14 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
 #     ∂/∂z_k = A (p_k − 1[y=k])
 #   With A of eq (2) the last is, in expectation over y ~ p, the gradient of eq (4).
 #
-# Each function takes log p and log q (rows, V), the drawn ids and the advantages of eq (3) (rows,).
-# It returns the loss of each row, (rows,) in nats, and its gradient wrt z, (rows, V).
+# Each function takes log p and log q (tokens, V), the drawn ids and the advantages of eq (3), both
+# (tokens,). It returns the loss of each token, (tokens,) in nats, and its gradient wrt z, (tokens,
+# V).
 
 
 def kl_student_teacher(log_p, log_q, ids, advantage):  # eq (4)
     p = log_p.exp()
     log_ratio = log_p - log_q
-    # Σ_v p_v (log p_v − log q_v), a dot product a row
     kl = torch.linalg.vecdot(p, log_ratio)
     return kl, p * (log_ratio - kl[:, None])
 
@@ -689,11 +690,11 @@ def kl_sampled(log_p, log_q, ids, advantage):
 
 
 def of_drawn(x: Tensor, ids: Tensor) -> Tensor:
-    """(rows, V) → (rows,): the entry of each row's drawn token."""
+    """(tokens, V) → (tokens,): the entries of the drawn tokens."""
     return x.gather(1, ids[:, None])[:, 0]
 
 
-# The same losses for autograd. The tests hold one form against the other.
+# The same losses for autograd.
 
 
 def kl_student_teacher_naive(log_p, log_q, ids, advantage):
@@ -716,7 +717,7 @@ def kl_sampled_naive(log_p, log_q, ids, advantage):
 
 class Loss(NamedTuple):
     fused: Callable  # (loss, gradient wrt z)
-    naive: Callable  # the same loss, for autograd: the tests hold one against the other
+    naive: Callable  # the loss alone, for autograd: the tests compare the two
 
 
 # The choices of --kl. People use "forward" and "reverse" KL both ways, so a name is the formula.
@@ -731,19 +732,18 @@ GRPO_LOSS = Loss(policy_gradient, policy_gradient_naive)
 def log_probs(
     hidden: Tensor, head: Tensor, temperature: float, out: Tensor | None = None
 ) -> Tensor:
-    """log softmax(h Wᵀ / temperature), (rows, V), in float32; into `out` if it is given.
+    """log softmax(h Wᵀ / temperature), (tokens, V), in float32; into `out` if it is given.
 
     The logits are rounded to the model's dtype, as in the sampler. The rest is float32: a bfloat16
     log-softmax over 150,000 entries makes small divergences negative.
     """
     if out is None:
         out = head.new_empty(len(hidden), len(head), dtype=torch.float32)
-    # one matmul; in half precision a copy converts its result to float32
     if head.dtype == out.dtype:
         torch.mm(hidden, head.T, out=out)
     else:
-        out.copy_(hidden @ head.T)
-    # in place, since (rows, V) tensors are the largest in the program
+        out.copy_(hidden @ head.T)  # converts half precision to float32
+    # in place, since (tokens, V) tensors are the largest in the program
     out.div_(temperature)
     return torch.log_softmax(out, -1, out=out)
 
@@ -755,42 +755,40 @@ def fused_loss(
     head: Tensor,
     ids: Tensor,
     advantage: Tensor,
-    loss: Callable,
+    loss_fn: Callable,
     temperature: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, (N,) float32, and the gradient of their sum wrt h_student, (N, H).
+    """The loss of each token, (N,) float32, and the gradient of their sum wrt h_student, (N, H).
 
     h_student, h_teacher (N, H); head (V, H), frozen; ids, advantage (N,). Logits exist for `chunk`
-    rows at a time; no (N, V) tensor is ever made. z = h Wᵀ / temperature, so the gradient wrt h
-    is (∂loss/∂z) W / temperature. It is computed while the chunk's logits exist: three matmuls, as
-    many as naive autograd needs. The caller goes on with h_student.backward(gradient).
+    tokens at a time, and the gradient is computed while they exist: z = h Wᵀ / temperature, so it
+    is (∂loss/∂z) W / temperature. That makes three matmuls, as many as autograd needs over all
+    logits at once. No torch.autograd.Function is needed, since nothing follows the loss: the
+    caller goes on with h_student.backward(gradient).
     """
     N = len(h_student)
-    value = torch.empty(N, device=h_student.device)
+    losses = torch.empty(N, device=h_student.device)
     gradient = torch.empty_like(h_student)
-    # the three buffers of a chunk are allocated once: fresh memory would cost a tenth of the time
+    # (chunk, V) buffers for all chunks: on a CPU fresh memory would cost a tenth of the time
     grad_z = head.new_empty(min(chunk, N), len(head))
     log_p = torch.empty_like(grad_z, dtype=torch.float32)
-    log_q = torch.empty_like(log_p)
-    few_rows = math.ceil(chunk / 16)
+    # without a teacher log q stands for nothing, and no loss reads it
+    log_q = log_p if h_teacher is None else torch.empty_like(log_p)
+    few = math.ceil(chunk / 16)
     for start in range(0, N, chunk):
-        rows = slice(start, start + chunk)
-        n = len(ids[rows])
-        # first matmul: the student's logits
-        log_probs(h_student[rows], head, temperature, out=log_p[:n])
+        tokens = slice(start, start + chunk)
+        n = len(ids[tokens])
+        log_probs(h_student[tokens], head, temperature, out=log_p[:n])
         if h_teacher is not None:
-            # second matmul: the teacher's logits
-            log_probs(h_teacher[rows], head, temperature, out=log_q[:n])
-        # a loss makes some more tensors as large as its arguments: a few rows at a time
-        for first in range(0, n, few_rows):
-            few = slice(first, min(first + few_rows, n))
-            value[rows][few], grad_z[few] = loss(
-                log_p[few], log_q[few], ids[rows][few], advantage[rows][few]
-            )
-        # third matmul: back through the head
-        gradient[rows] = grad_z[:n] @ head / temperature
-    return value, gradient
+            log_probs(h_teacher[tokens], head, temperature, out=log_q[:n])
+        # a loss makes more tensors of its arguments' size, so it gets a few tokens at a time
+        arguments = (log_p[:n], log_q[:n], ids[tokens], advantage[tokens])
+        results = (losses[tokens], grad_z[:n])
+        for *part, loss, grad in zip(*(x.split(few) for x in arguments + results)):
+            loss[:], grad[:] = loss_fn(*part)
+        gradient[tokens] = grad_z[:n] @ head / temperature
+    return losses, gradient
 
 
 # ---- 9. Step. ------------------------------------------------------------------------------------
@@ -799,13 +797,16 @@ def fused_loss(
 def score(
     chat: Chat,
     rollouts: list[Rollout],
-    loss: Callable,
+    loss_fn: Callable,
     cfg: Config,
-    weights: Callable = teacher_weights,
+    weights: Callable,
 ):
-    """Forward passes and loss of one micro-batch: (h_student, loss of each token, gradient)."""
+    """Both forward passes and the loss of one micro-batch: (h_student, its losses, its gradient).
+
+    `weights` are the teacher's: a context manager, as adapters_off.
+    """
     device = chat.model.device
-    # both rows of a rollout end in the very ids that were drawn
+    # both sequences of a rollout end in the ids that were drawn
     responses = [r.scored_ids for r in rollouts]
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, H)
     # the teacher: other weights, another prompt, no gradient
@@ -816,10 +817,10 @@ def score(
     # one entry a scored token, in the order of the hidden states
     ids = torch.tensor([i for r in rollouts for i in r.scored_ids], device=device)  # (N,)
     advantage = torch.tensor([r.advantage for r in rollouts for _ in r.scored_ids], device=device)
-    value, gradient = fused_loss(
-        h_student, h_teacher, chat.head, ids, advantage, loss, cfg.temperature, cfg.kl_chunk
+    losses, gradient = fused_loss(
+        h_student, h_teacher, chat.head, ids, advantage, loss_fn, cfg.temperature, cfg.kl_chunk
     )
-    return h_student, value, gradient
+    return h_student, losses, gradient
 
 
 def update(
@@ -827,16 +828,16 @@ def update(
 ) -> dict[str, float]:
     """One optimiser step: {loss (mean over scored tokens, nats), grad_norm (before the clip)}.
 
-    Raises FloatingPointError, before anything changes, if they are not finite.
+    Raises FloatingPointError, before any weight changes, if they are not finite.
     """
-    loss = DIVERGENCES[cfg.kl].fused if cfg.has_teacher else GRPO_LOSS.fused
+    loss_fn = DIVERGENCES[cfg.kl].fused if cfg.has_teacher else GRPO_LOSS.fused
     # one denominator for all micro-batches and processes
     total = all_sum(sum(len(r.scored_ids) for r in rollouts))
     if total == 0:
         return {"loss": 0.0, "grad_norm": 0.0}
     chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is 0 in both
     # Dividing by `total` in the backward pass would underflow in float16. So it is done in two
-    # parts: by about 1 in the backward pass, and by a power of two, exactly, in float32 behind it.
+    # parts: by about 1 in the backward pass, and by a power of two, exactly, in float32 after it.
     scale = 2.0 ** round(math.log2(total))
 
     def accumulate(rows: int) -> float:
@@ -844,14 +845,14 @@ def update(
         optimizer.zero_grad()
         loss_sum = 0.0
         for start in range(0, len(rollouts), rows):
-            h_student, value, gradient = score(chat, rollouts[start : start + rows], loss, cfg)
+            part = rollouts[start : start + rows]
+            h_student, losses, gradient = score(chat, part, loss_fn, cfg, teacher_weights)
             h_student.backward(gradient * (scale / total))
-            loss_sum += value.sum().item()
+            loss_sum += losses.sum().item()
         return loss_sum
 
     rows = max(1, min(cfg.micro_batch, len(rollouts)))
     loss_sum = halve_rows(accumulate, chat, "rollouts", rows, "--micro-batch")
-    # for the log: the loss a scored token
     mean_loss = all_sum(loss_sum) / total
     weights = list(adapters(chat.model).values())
     sum_gradients(weights)
@@ -867,8 +868,8 @@ def update(
 def take_step(run: Run) -> tuple[dict, list[Rollout]]:
     """The algorithm, once: problems → rollouts → contexts → update. (log entry, rollouts)."""
     cfg, chat, cost = run.cfg, run.chat, {}
-    # 32 problems; in grpo 4, with 8 attempts each. Problems are shared out among processes, and not
-    # attempts, so that a group stays in one
+    # 32 problems; in grpo 4, with 8 attempts each. Processes share out problems, not attempts, so
+    # that a group stays in one process
     chosen = next_problems(run.problems.train, run.seen, cfg)
     with timed(cost, "sample_s"):
         rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
@@ -881,7 +882,6 @@ def take_step(run: Run) -> tuple[dict, list[Rollout]]:
     run.step += 1
     run.seen += len(chosen)
     run.seconds.append(sum(cost.values()))
-    # from here on nothing changes the model
     metrics = measure(rollouts, cfg)
     cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
     return {"step": run.step, **losses, **metrics, "cost": cost}, rollouts
@@ -891,9 +891,7 @@ def train(cfg: Config) -> None:
     """Train to cfg.steps; log, evaluate and save on the way. Ctrl-C ends it, saved."""
     chat = load_solver(cfg)
     problems = load_problems(cfg, chat)
-    # only a condition that asks a critic loads one
     critic = load_critic(cfg, chat) if CONDITIONS[cfg.condition].asks_critic else None
-    # after the critic, which may be the same model
     add_adapters(chat.model, cfg)
     if cfg.gradient_checkpointing:
         # the reentrant kind gives no gradient where its input, the embeddings, requires none
@@ -919,8 +917,10 @@ def train(cfg: Config) -> None:
             stop = all_sum(len(interrupted) + (empty_steps == 3))
     # also after Ctrl-C
     save_checkpoint(run, "checkpoint.pt")
+    if empty_steps == 3:
+        raise UserError(NOTHING_SCORED)
     if stop:
-        raise UserError(NOTHING_SCORED) if empty_steps == 3 else KeyboardInterrupt
+        raise KeyboardInterrupt
     if cfg.final_problems:
         print_closing(run)
     if cfg.export:
@@ -966,16 +966,12 @@ def share(items: list) -> list:
 
 
 def gather(items: list) -> list:
-    """The parts of all processes, in the order that they had before `share`."""
+    """The items of all processes, one process after the other."""
     if not dist.is_initialized():
         return items
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
-    whole = []
-    # share deals the items out like cards; this picks them up in turn
-    for row in itertools.zip_longest(*parts):
-        whole += [item for item in row if item is not None]
-    return whole
+    return list(itertools.chain(*parts))
 
 
 def all_sum(value: float) -> float:
@@ -984,15 +980,12 @@ def all_sum(value: float) -> float:
 
 
 def sum_gradients(weights: list[nn.Parameter]) -> None:
-    """One all-reduce of all gradients as one flat vector. A process without rollouts adds zeros."""
+    """Add up the gradients of all processes. A process without rollouts adds zeros."""
     for p in weights:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in weights])
-        dist.all_reduce(flat)
-        for p, part in zip(weights, flat.split([p.numel() for p in weights])):
-            p.grad = part.view_as(p)
+        if dist.is_initialized():
+            dist.all_reduce(p.grad)
 
 
 # ---- 11. Problems: files, split, order. ----------------------------------------------------------
@@ -1003,8 +996,6 @@ def read_row(row: object) -> Problem:
 
     Raises ValueError with what is wrong.
     """
-    if isinstance(row, ValueError):
-        raise row
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     if "problem" in row:
@@ -1023,15 +1014,15 @@ def read_text(row: dict, name: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"field {name!r} is missing, empty or not text")
-    value.encode()  # half of a surrogate pair: an error here, not in the tokenizer, hours later
+    value.encode()  # half of a surrogate pair is an error here, not hours later in the tokenizer
     return value.strip()
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, row) of a .json array or .jsonl file; instead of a row, a ValueError for bad JSON."""
+    """(where, row) of a .json array or .jsonl file. A line that is not JSON yields None."""
     try:
-        text = path.read_text("utf-8-sig")  # -sig: a byte-order mark is not data
-        # one big array, or one object a line; Windows line ends are white space to JSON
+        text = path.read_text("utf-8-sig")  # -sig: without a byte-order mark
+        # one array, or one object per line
         whole = text.lstrip().startswith("[")
         rows = json.loads(text) if whole else text.split("\n")
     except OSError as error:
@@ -1048,8 +1039,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
 def read_json(text: str) -> object:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"is not JSON ({error})")
+    except (ValueError, RecursionError):
+        return None
 
 
 def find_data(name: str) -> Path:
@@ -1107,7 +1098,7 @@ class Split(NamedTuple):
 
 
 def load_problems(cfg: Config, chat: Chat) -> Split:
-    """Read and split --data. The split follows from the questions alone, not from order or seed."""
+    """Read and split --data. The split follows from the set of questions, not from their order."""
     found, dropped = read_problems(cfg, chat)
     test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
     if len(found) <= held_out:
@@ -1115,9 +1106,7 @@ def load_problems(cfg: Config, chat: Chat) -> Split:
             f"{cfg.data}: {len(found)} distinct problems (dropped: {format_counts(dropped)}) leave "
             f"none to train on beside {held_out} held out; lower --test-problems"
         )
-    # by a hash of the question: a problem's part depends neither on the file's order nor on a seed
     keys = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
-    # the first hash values are the test problems, whatever else is in the file
     problems = [found[key][0] for key in keys]
     return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
 
@@ -1125,7 +1114,7 @@ def load_problems(cfg: Config, chat: Chat) -> Split:
 def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple[int, Problem]]:
     """The step's (position, problem). Each epoch is a shuffle that follows from the seed alone."""
     chosen = []
-    # a position counts through the epochs, so a resumed run goes on where it was
+    # positions count through the epochs, so a resumed run goes on where it was
     for position in range(seen, seen + cfg.attempts_per_step // cfg.attempts_per_problem):
         epoch, index = divmod(position, len(problems))
         order = epoch_order(len(problems), cfg.seed, epoch)
@@ -1146,7 +1135,10 @@ def format_counts(counts: dict[str, int]) -> str:
 
 
 def as_number(text: str) -> Fraction | None:
-    """`1,234`, `-3/4`, `\\frac{3}{4}`, `$5.50`, `12%`: the exact number; else None."""
+    """`1,234`, `-3/4`, `\\frac{3}{4}`, `$5.50`, `12%`: the exact number; else None.
+
+    Units in \\text{} are ignored.
+    """
     # a mixed number: 1 1/2 is not 11/2
     if len(text) > 1000 or re.search(r"\d\s*\\[dt]?frac|\d\s+\d+\s*/", text):
         return None
@@ -1182,9 +1174,10 @@ def is_correct(text: str, answer: str, grader: str) -> bool:
 
 
 def is_tame(text: str) -> bool:
-    """math-verify computes what it reads: power towers, factorials, deep nesting would hang it."""
+    """math-verify computes what it reads: power towers, large factorials, deep nesting hang it."""
     brackets = text.count("(") + text.count("{") + text.count("[")
-    wild = re.search(r"\^.*\^|\*\*|!|\d{16}|\^\{?-?\d{3}", text)
+    # a power of a power; a power in an exponent; a long exponent, factorial or number
+    wild = re.search(r"\^[\d(){}]*\^|\^\{[^{}]*\^|\*\*|\^\{?-?\d{4}|\d{3}!|!!|\)!|\d{16}", text)
     return len(text) < 100 and brackets < 12 and wild is None
 
 
@@ -1227,8 +1220,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
         raise UserError(f"{name} names no end token; set eos_token in its tokenizer_config.json")
     # dropout would make the student differ from the teacher by noise
     for module in model.modules():
-        for rate in {"p", "dropout", "attention_dropout"} & vars(module).keys():
-            setattr(module, rate, 0.0)
+        for rate in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     # some models have no limit
     window = getattr(config, "max_position_embeddings", 1 << 20)
     # frozen: gradients reach only what add_adapters adds
@@ -1255,7 +1249,7 @@ def has_plain_head(chat: Chat) -> bool:
 
 
 def halve_rows(job: Callable, chat: Chat, work: str, rows: int, flag: str):
-    """job(rows), begun again with half the rows while memory runs out, which changes no result."""
+    """job(rows); while memory runs out, again with half the rows, which changes rounding alone."""
     rows = min(rows, chat.max_rows.get(work, rows))
     while True:
         try:
@@ -1265,7 +1259,7 @@ def halve_rows(job: Callable, chat: Chat, work: str, rows: int, flag: str):
         if rows == 1:
             raise UserError(
                 f"out of memory with a single row of {work}; lower --max-new-tokens, --kl-chunk or "
-                "--critic-max-new-tokens, or take a smaller model; then add --resume"
+                "--critic-max-new-tokens and add --resume, or begin anew with a smaller model"
             )
         print(f"WARNING: out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}")
         rows //= 2
@@ -1299,8 +1293,8 @@ class HTTPCritic:
     max_new_tokens: int
     parallel: int = 16  # requests at once
     timeout: float = 600.0  # seconds for one reply
-    tries: int = 4  # of one request, after every other server has been tried
-    pause: float = 1.0  # seconds before the second round of tries; doubles
+    tries: int = 4  # of a request, once every server has failed it
+    pause: float = 1.0  # seconds before the second of these tries; doubles
     last_error: str = ""
 
     def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
@@ -1314,17 +1308,19 @@ class HTTPCritic:
 
         A reply can be anything, so any exception in reading it counts as a failure of that reply.
         """
-        for k in range(len(self.urls) + self.tries - 1):
-            if k >= len(self.urls):
-                time.sleep(self.pause * 2 ** (k - len(self.urls)))
+        servers = len(self.urls)
+        for k in range(servers + self.tries - 1):
+            if k >= servers:
+                time.sleep(self.pause * 2 ** (k - servers))
             try:
-                return self.post(self.urls[(number + k) % len(self.urls)], messages)
-            except Exception as error:
-                code = getattr(error, "code", None)
-                self.last_error = f"{type(error).__name__}: {error}"[:100]
-                # a request that is wrong stays wrong; 429 (too many requests) and 5xx may pass
-                if code is not None and code < 500 and code != 429:
-                    break
+                return self.post(self.urls[(number + k) % servers], messages)
+            except Exception as failure:
+                error = failure
+            # what every server calls a bad request stays one; 429 (too many) and 5xx may pass
+            code = getattr(error, "code", None)
+            if k >= servers - 1 and code is not None and code < 500 and code != 429:
+                break
+        self.last_error = f"{type(error).__name__}: {error}"[:100]
         return Reply(None, 0)
 
     def post(self, url: str, messages: list[dict]) -> Reply:
@@ -1363,7 +1359,7 @@ def is_url(name: str) -> bool:
 
 NOTHING_SCORED = (
     "for 3 steps there was no valid context that fits the teacher's prompt, so nothing was learnt; "
-    "the run is saved. Change --critic or --max-prompt-tokens, then add --resume"
+    "the run is saved. Change --critic, then add --resume"
 )
 
 
@@ -1385,7 +1381,9 @@ def open_folder(run: Run) -> None:
 
 def code_commit() -> str | None:
     """The commit of this file if it is in a git repository, with a + if anything was changed."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"]
+    # no tag's name, but always the hash
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    git += ["describe", "--always", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -1393,7 +1391,7 @@ def code_commit() -> str | None:
 
 
 def make_folder(folder: Path) -> None:
-    """An old run is moved aside, never overwritten. Anything else is left alone."""
+    """An old run is moved aside. Any other folder that is not empty is an error."""
     if (folder / "log.jsonl").exists():
         number = 1
         while Path(f"{folder}.{number}").exists():
@@ -1416,7 +1414,7 @@ def save_checkpoint(run: Run, name: str) -> None:
     if rank() == 0:
         state = {
             "config": asdict(run.cfg),
-            "state": {name: getattr(run, name) for name in STATE},
+            "state": {field: getattr(run, field) for field in STATE},
             "adapters": adapters(run.chat.model),
             "optimizer": run.optimizer.state_dict(),
             "log_size": Path(run.cfg.out, "log.jsonl").stat().st_size,
@@ -1426,9 +1424,8 @@ def save_checkpoint(run: Run, name: str) -> None:
         torch.save(state, buffer)
         partial = Path(run.cfg.out, name + ".tmp")
         partial.write_bytes(buffer.getvalue())
-        # atomic on one file system
         os.replace(partial, Path(run.cfg.out, name))
-    all_sum(0)  # a barrier: torchrun ends all processes as soon as one of them fails
+    all_sum(0)  # a barrier: if another process fails, torchrun ends this one, half-way through
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1454,7 +1451,9 @@ def load_adapters(chat: Chat, checkpoint: dict) -> None:
         for name, p in adapters(chat.model).items():
             saved = checkpoint["adapters"].get(name)
             if saved is None or saved.shape != p.shape:
-                fail("the checkpoint's adapters do not fit: was --model or --lora-rank another?")
+                raise UserError(
+                    "the checkpoint's adapters do not fit: was --model or --lora-rank another?"
+                )
             p.copy_(saved)
 
 
@@ -1500,7 +1499,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
     before = signal.getsignal(signal.SIGINT)
 
     def handler(number, frame):
-        # the next one kills: an exception would wait for the critic's running http requests
+        # the next one ends the process: an exception would wait for the critic's http requests
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         pressed.append(number)
         if rank() == 0:
@@ -1521,9 +1520,9 @@ EVAL_SEED = 1_000_003  # of every evaluation: base and runs draw the same random
 def evaluate(chat: Chat, problems: list[Problem], cfg: Config) -> list[list[Rollout]]:
     """cfg.eval_samples attempts at each problem, a list for each.
 
-    A problem's random numbers follow from EVAL_SEED and its place in the list.
+    A problem's random numbers follow from EVAL_SEED and its place in the list. Under torchrun each
+    process evaluates a share of the problems, and their order changes.
     """
-    # each process evaluates a share of the problems
     rollouts = attempt(chat, share(list(enumerate(problems))), cfg, cfg.eval_samples, EVAL_SEED)
     groups = []
     for start in range(0, len(rollouts), cfg.eval_samples):
@@ -1533,19 +1532,18 @@ def evaluate(chat: Chat, problems: list[Problem], cfg: Config) -> list[list[Roll
 
 def accuracy(groups: list[list[Rollout]]) -> tuple[float, float]:
     """(Avg, Pass): the mean accuracy, and the share of problems that were solved at least once."""
-    # (problems, attempts)
-    right = np.array([[r.reward for r in group] for group in groups])
+    right = np.array([[r.reward for r in group] for group in groups])  # (problems, attempts)
     return float(right.mean()), float(right.max(1).mean())
 
 
 def validate(run: Run, rollouts: list[Rollout]) -> None:
-    """Score the validation problems, and keep the adapters in best.pt if they never did better."""
-    score, _ = accuracy(evaluate(run.chat, run.problems.validation, run.cfg))
+    """Evaluate on the validation problems; best.pt keeps the best adapters so far."""
+    avg, _ = accuracy(evaluate(run.chat, run.problems.validation, run.cfg))
     drift = kl_to_base(run.chat, rollouts, run.cfg)
-    write_log(run, {"step": run.step, "validation_avg": score, "kl_base": drift})
-    print(f"validation Avg@{run.cfg.eval_samples} {100 * score:.1f}, KL to the base {drift:.4f}")
-    if score > run.best:
-        run.best = score
+    write_log(run, {"step": run.step, "validation_avg": avg, "kl_base": drift})
+    print(f"validation Avg@{run.cfg.eval_samples} {100 * avg:.1f}, KL to the base {drift:.4f}")
+    if avg > run.best:
+        run.best = avg
         save_checkpoint(run, "best.pt")
 
 
@@ -1593,7 +1591,7 @@ def measure(rollouts: list[Rollout], cfg: Config) -> dict[str, float]:
 
 
 def copied_steps(text: str, critique: str, cfg: Config) -> list[bool]:
-    """For each step of a critique, whether it stands word for word in the attempt."""
+    """For each step of a critique, whether it is word for word a step of the attempt."""
     find_steps = FORMATS[cfg.prompts].find_steps
     attempted = find_steps(text)
     return [step in attempted for step in find_steps(critique)]
@@ -1628,12 +1626,12 @@ def is_due(step: int, every: int) -> bool:
 
 
 def progress(items, **options) -> tqdm:
-    """A bar on work over 5 s, on a terminal, by rank 0."""
+    """A progress bar: on a terminal, after 5 s, by rank 0."""
     return tqdm(items, leave=False, delay=5, disable=True if rank() else None, **options)
 
 
 def printable(text: str) -> str:
-    """A control character from a model or a file never reaches the terminal."""
+    """Without the control characters that a model or a file may hold."""
     return "".join(c if c.isprintable() else "·" for c in text.replace("\n", "⏎"))
 
 
@@ -1687,7 +1685,7 @@ def time_left(run: Run) -> str:
 
 
 def print_example(chat: Chat, r: Rollout, cfg: Config) -> None:
-    """One problem, attempt and context, and the five tokens that the teacher would change most."""
+    """One problem, attempt and context, and the five tokens with the largest |A_t|."""
     outcome = "right" if r.reward else "wrong"
     lines = [
         f"problem    {r.problem.question}   [answer {r.problem.answer}]",
@@ -1714,14 +1712,14 @@ def print_example(chat: Chat, r: Rollout, cfg: Config) -> None:
 def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Tensor]:
     """Eq (2) at every response token of each rollout, a list of (T,), nats. For display only."""
     chat.model.eval()
-    # all tokens, also behind the first edit
+    # all tokens, also those after the first edit
     whole = [replace(r, scored_length=None) for r in rollouts]
-    _, estimate, _ = score(chat, whole, kl_sampled, cfg)  # −A at each token
+    _, estimate, _ = score(chat, whole, kl_sampled, cfg, teacher_weights)  # −A at each token
     return list((-estimate).split([len(r.sample.ids) for r in rollouts]))
 
 
 def print_closing(run: Run) -> None:
-    """Base → trained on held-out problems, with the same random numbers."""
+    """Base → trained on held-out problems, both with the same random numbers."""
     cfg, problems = run.cfg, run.problems.test[: run.cfg.final_problems]
     with base_weights(run.chat.model):
         before = accuracy(evaluate(run.chat, problems, cfg))
@@ -1745,19 +1743,20 @@ CHOICES = {
 }
 
 
-def fail(message: str):
-    raise UserError(message)
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line instead of a usage text."""
+
+    def error(self, message: str):
+        raise UserError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="python sd.py [--flag VALUE …]",
         description="Train a model on a critic's corrections of its own attempts.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    # one line instead of a usage text
-    parser.error = fail
     for knob_field in fields(Config):
         name, text = knob_field.name, knob_field.metadata["help"]
         if name in CHOICES:
@@ -1786,7 +1785,9 @@ def parse_config(argv: list[str] | None) -> Config:
     if preset == "auto":
         preset = "qwen" if "model" in given or torch.cuda.is_available() else "toy"
     if preset not in PRESETS:
-        fail(f"argument --preset: {preset!r} is not one of {', '.join(CHOICES['preset'])}")
+        raise UserError(
+            f"argument --preset: {preset!r} is not one of {', '.join(CHOICES['preset'])}"
+        )
     cfg = replace(Config(), **{**PRESETS[preset], **given, "preset": preset})
     check_config(cfg)
     return replace(cfg, out=cfg.out or f"runs/{cfg.condition}")
@@ -1796,9 +1797,14 @@ def resumed_config(given: dict) -> Config:
     """The saved config with the given flags on top; a flag that differs from it is reported."""
     out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
     saved = load_checkpoint(Path(out, "checkpoint.pt"))["config"]
+    if given.get("preset", saved.preset) not in ("auto", saved.preset):
+        raise UserError("argument --preset: a run keeps its preset; give single flags instead")
+    given["preset"] = saved.preset
     if is_url(saved.critic) and "critic" not in given:
-        fail("argument --critic: name the http critic again; the API key is sent to no address "
-             "that only a file names")  # fmt: skip
+        raise UserError(
+            "argument --critic: name the http critic again; the API key is sent to no address that "
+            "only a file names"
+        )
     cfg = replace(saved, **{**given, "out": out})
     check_config(cfg)
     # the user may change anything, but sees what changed
@@ -1815,22 +1821,28 @@ def check_config(cfg: Config) -> None:
         value = getattr(cfg, name)
         flag = "argument --" + name.replace("_", "-")
         if name in CHOICES and value not in CHOICES[name]:
-            fail(f"{flag}: {value!r} is not one of {', '.join(CHOICES[name])}")
+            raise UserError(f"{flag}: {value!r} is not one of {', '.join(CHOICES[name])}")
         # nan and inf are out of range as well
         if low is not None and not low <= value < math.inf:
-            fail(f"{flag}: must be at least {low}, not {value}")
+            raise UserError(f"{flag}: must be at least {low}, not {value}")
     if cfg.attempts_per_step % cfg.attempts_per_problem:
-        fail(f"argument --attempts-per-step: must be a multiple of --group-size {cfg.group_size}")
+        raise UserError(
+            f"argument --attempts-per-step: must be a multiple of --group-size {cfg.group_size}"
+        )
     if cfg.eval_every and not cfg.validation_problems:
-        fail("argument --eval-every: needs --validation-problems of at least 1")
+        raise UserError("argument --eval-every: needs --validation-problems of at least 1")
     if cfg.stop_at_first_edit and not CONDITIONS[cfg.condition].asks_critic:
-        fail(f"argument --stop-at-first-edit: --condition {cfg.condition} asks no critic")
+        raise UserError(
+            f"argument --stop-at-first-edit: --condition {cfg.condition} asks no critic"
+        )
     if cfg.stop_at_first_edit and cfg.critic_style != "copy":
-        fail("argument --stop-at-first-edit: needs --critic-style copy")
+        raise UserError("argument --stop-at-first-edit: needs --critic-style copy")
     if is_url(cfg.critic) and not cfg.critic_model:
-        fail("argument --critic: a URL needs --critic-model, the name of the model it serves")
+        raise UserError(
+            "argument --critic: a URL needs --critic-model, the name of the model it serves"
+        )
     if cfg.grader == "math-verify" and not importlib.util.find_spec("math_verify"):
-        fail("argument --grader: pip install math-verify, or take --grader exact")
+        raise UserError("argument --grader: pip install math-verify, or take --grader exact")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1853,7 +1865,7 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         message = "out of memory; lower --sample-batch, --micro-batch or --kl-chunk, and --resume"
     except FloatingPointError as error:
-        message = f"not finite: {error}. The last checkpoint is; train again with a lower --lr"
+        message = f"not finite: {error}. The last checkpoint is intact; take a lower --lr"
     except OSError as error:  # disk full, folder not writable
         message = f"{error}; a run that had begun goes on with --resume"
     print(f"sd.py: {printable(message)}", file=sys.stderr)

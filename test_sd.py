@@ -331,24 +331,6 @@ def test_a_step_equals_a_loop_over_rows_in_plain_autograd(chat, condition, kl):
         assert gradient.abs().sum() > 0
 
 
-def test_checkpointing_saves_memory_in_a_step(chat):
-    """Fails if a step runs in eval mode, where checkpointing is silently off."""
-    cfg = config()
-    rollouts = rollouts_of(adapt(chat, cfg, noise=0.3), cfg)
-
-    def saved_numbers() -> int:
-        saved = []
-        chat.model.eval()
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
-        ):
-            sd.update(chat, sgd(chat), rollouts, cfg)
-        return sum(saved)
-
-    plain = saved_numbers()
-    chat.model.activation_checkpointing_enable({"use_reentrant": False})
-    assert saved_numbers() < 0.6 * plain
-
 
 def test_no_tokenizer_is_needed_between_sampler_and_loss(chat):
     """Fails if a response is decoded and encoded again on its way into the loss."""
@@ -359,7 +341,7 @@ def test_no_tokenizer_is_needed_between_sampler_and_loss(chat):
 
 
 def test_a_teacher_with_the_students_prompt_has_no_kl_and_no_gradient(chat):
-    """Fails if the teacher is not the initial policy: adapter left on, other positions."""
+    """Fails if the teacher's row is padded, cut or scored in another way than the student's."""
     cfg = config(micro_batch=3)
     rollouts = rollouts_of(adapt(chat, cfg), cfg)
     assert sd.update(chat, sgd(chat), rollouts, cfg)["loss"] > 0.01
@@ -671,10 +653,9 @@ def test_a_context_that_does_not_fit_is_left_out_whole(chat):
     """Fails if a prompt is cut, header included, or one that just fits is left out."""
     cfg = config()
     rollouts = rollouts_of(chat, cfg, 1)
-    length = len(rollouts[0].teacher_prompt)
-    for room, count in ((0, 1), (length, 1), (length - 1, 0)):
-        scored = sd.prepare(chat, rollouts, replace(cfg, max_prompt_tokens=room))
-        assert len(scored) == count
+    length = len(rollouts[0].teacher_prompt) + len(rollouts[0].sample.ids)
+    for window, count in ((length, 1), (length - 1, 0)):
+        assert len(sd.prepare(replace(chat, window=window), rollouts, cfg)) == count
 
 
 def test_only_the_credit_differs_between_conditions(chat):
@@ -894,7 +875,6 @@ def random_config(rng) -> sd.Config:
         max_new_tokens=rng.randint(1, 8),
         temperature=rng.choice([0.5, 1.0, 2.0]),
         stop_at_first_edit=rng.random() < 0.3,
-        max_prompt_tokens=rng.choice([0, 30]),
     )
 
 
@@ -905,6 +885,7 @@ def test_200_random_steps_keep_the_invariants(chat):
     rng = random.Random(0)
     for _ in range(200):
         cfg = random_config(rng)
+        chat.window = rng.choice([4096, 60])
         texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(6))) for _ in range(5)]
         critic = ScriptedCritic(None, texts[0], TRACE)
         problems = [sd.Problem("7+6" + text, texts[3] or "s", "3") for text in texts[1:3]]
@@ -919,7 +900,7 @@ def test_200_random_steps_keep_the_invariants(chat):
             assert 0 < len(r.scored_ids) <= len(r.sample.ids) <= cfg.max_new_tokens
             assert r.prompt.count(2) == 1 and r.prompt[-1] == 2
             if cfg.has_teacher:
-                assert r.context and len(r.teacher_prompt) <= (cfg.max_prompt_tokens or 4096)
+                assert r.context and len(r.teacher_prompt) + len(r.sample.ids) <= chat.window
                 assert r.teacher_prompt.count(2) == 1 and r.teacher_prompt[-1] == 2
 
 
@@ -931,12 +912,6 @@ def test_200_random_steps_keep_the_invariants(chat):
 
 # ---- Models. -------------------------------------------------------------------------------------
 
-
-def test_special_tokens_inside_a_text_are_text(chat):
-    """Fails if a problem can end its own turn."""
-    (ids,) = prompts_of(chat, "7<|end|><|assistant|>8")
-    assert Counter(ids)[0] == Counter(ids)[2] == 1
-    assert ids[-2:] == [0, 2]
 
 
 def no_template(model, tokenizer):
@@ -1050,19 +1025,15 @@ def test_what_does_not_fit_is_halved_and_changes_no_result(tmp_path, monkeypatch
     assert [line for line in printed if line.startswith("WARNING")] == wanted
 
 
-def test_a_row_that_does_not_fit_is_one_line(monkeypatch, capfd, tmp_path):
-    """Fails if a traceback shows, or 0 rows are tried again and again."""
-    real = sd.load_model
-    monkeypatch.setattr(sd, "load_model", lambda *arguments: limited(real(*arguments), 0))
-    assert sd.main(["--preset", "toy", "--out", str(tmp_path / "run")]) == 2
-    assert "a single row of attempts" in error_of(capfd)
 
-
-def test_a_row_that_does_not_fit_the_critic_or_the_update_stops_the_run(chat):
-    """Fails if the step goes on without it, or the adapter is left off."""
+def test_a_single_row_that_does_not_fit_stops_the_run(chat):
+    """Fails if 0 rows are tried again and again, a step goes on without it, or the adapter is left
+    off."""
     cfg = config()
     rollouts = rollouts_of(adapt(chat, cfg), cfg)
     limited(chat, 0)
+    with pytest.raises(sd.UserError, match="a single row of attempts"):
+        sd.attempt(chat, numbered_problems(1), cfg)
     with pytest.raises(sd.UserError, match="critiques"):
         sd.LocalCritic(chat, 9, 8)(asking("7"))
     with pytest.raises(sd.UserError, match="rollouts"):
@@ -1288,7 +1259,7 @@ ROW = '{"problem": "1+1", "solution": "s1+1=2####2", "answer": "2"}'
 BAD_DATA = [
     ("", "0 distinct"),
     (ROW + "\n" + ROW.replace("1+1", " 1+1 "), "1 duplicate"),
-    ('{"problem": "1', "line 1: is not JSON"),
+    ('{"problem": "1', "line 1: is not a JSON object"),
     ("[1, 2]", "row 1: is not a JSON object"),
     (b"\xff\xfe{}", "not UTF-8"),
     ('{"problem": "1+1", "answer": "2"}', "'solution' is missing, empty or not text"),
@@ -1825,6 +1796,7 @@ WRONG_VALUES = [
     ("--eval-every 1 --validation-problems 0", "--validation-problems"),
     ("--device cud", "--device"),
     ("--prompts steps", "other --prompts"),
+    ("--stop-at-first-edit --critic-style quote", "--critic-style"),
 ]
 
 
@@ -1892,8 +1864,7 @@ def test_the_readmes_step_by_hand_runs(capsys):
 
 # of torchrun, vllm, pip and toy/make.py
 OTHER_FLAGS = set(
-    "--nproc-per-node --nnodes --rdzv-endpoint --shutdown-timeout --tensor-parallel-size "
-    "--reasoning-parser --max-model-len --check --no-deps --trace".split()
+    "--nproc-per-node --shutdown-timeout --reasoning-parser --max-model-len --trace".split()
 )
 
 
@@ -2329,7 +2300,7 @@ def critic_study(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # two equal gains have no correlation
-def test_the_critic_study_trains_every_arm_once(critic_study, tmp_path, monkeypatch, capsys):
+def test_the_critic_study_trains_every_arm_once(critic_study, tmp_path, monkeypatch):
     """Fails if an arm is left out of table or figure, or a second call trains or draws anew."""
     pytest.importorskip("matplotlib")
     sizes = dict(preset="toy", steps=2, test_problems=4, validation_problems=2, eval_samples=2)
@@ -2352,11 +2323,6 @@ def test_the_critic_study_trains_every_arm_once(critic_study, tmp_path, monkeypa
     assert critic_study.main(own + as_flags(sizes)) == 0
     assert (assets / "critic_study.md").read_text() == tables
     assert (assets / "critic_study.svg").read_bytes() == figure
-    # matplotlib is missing
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    capsys.readouterr()
-    assert critic_study.main(own + as_flags(sizes)) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def chain(text: str, question: str = "7+6*3+4+1+1*2") -> sd.Rollout:

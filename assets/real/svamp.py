@@ -29,9 +29,7 @@ UNIT = r"(?:\s*\\,)?(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
 OPERATOR = r"(\+|-|−|–|\*|×|/|÷|\\times|\\div|\\cdot)"
 # not the end of a longer sum: in 12 + 5 + 3 = 20 there is no equation of two numbers
 START = r"(?<![-+*/×÷−–\d.,])(?<![-+*/×÷−–] )"
-EQUATION = re.compile(
-    START + NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER
-)
+EQUATION = re.compile(START + NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER)
 SIGNS = {"−": "-", "–": "-", "×": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/"}
 # numbers that count steps: "2." at the start of a line, "step 2"
 COUNTER = re.compile(r"^\W*\d+[.:)]|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
