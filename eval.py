@@ -5,7 +5,7 @@
   python eval.py --reproduce --seeds 5                      the results table: rate sweep, seeds
   python eval.py --plot runs/critique runs/grpo             draw runs, finished or not
   python eval.py --preflight --model FOLDER --data FILE     before a long run: can it work?
-  python eval.py --filter pool.jsonl --out hard.jsonl       keep what the base solves, but seldom
+  python eval.py --filter pool.jsonl --out hard.jsonl       keep what the base solves, but rarely
 
 Avg@k is mean accuracy, Pass@k the share of problems solved at least once, and Maj@k the share whose
 most frequent answer is right. Intervals are 95 %: a bootstrap over problems, or Student's t over
@@ -42,12 +42,12 @@ METRICS = {"Avg": 100, "Pass": 100, "Maj": 100, "length": 1, "truncated": 100, "
 
 
 def maj_at_k(group: list[sd.Rollout]) -> float:
-    """1 if the most frequent answer is right. A tie counts by the share of its answers that are."""
+    """1 if the most frequent answer is right; in a tie, the share of the tied answers that are."""
     votes = Counter()
     for r in group:
         answer = extract_answer(r.text)
         if r.reward:
-            votes[None] += 1  # all right answers are one, however they are written
+            votes[None] += 1  # every right answer is the same vote, however it is written
         elif answer is not None:
             number = sd.as_number(answer)
             # 1/2 and 0.5 are the same vote
@@ -58,7 +58,7 @@ def maj_at_k(group: list[sd.Rollout]) -> float:
 
 
 def scores(groups: list) -> dict[str, np.ndarray]:
-    """Each metric as one value a problem, (problems,), so that runs can be compared in pairs.
+    """Each metric as one value per problem, (problems,), so that runs can be compared in pairs.
 
     A group holds the rollouts of one problem.
     """
@@ -97,7 +97,7 @@ def estimate(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, 
 def bracketed(numbers: tuple, scale: float = 100, form: str = ".1f", unit: str = "") -> str:
     """An estimate as `value [low, high]`; "-" if nothing counts.
 
-    Where all values are equal, a bootstrap gives no interval.
+    No interval where all values are equal: the bootstrap's would have no width.
     """
     value, low, high = (scale * number for number in numbers)
     if math.isnan(value):
@@ -208,12 +208,12 @@ def evaluate_runs(
 # ---- 3. Token study: the paper's argument as numbers and as a picture. ---------------------------
 #
 # The base attempts the problems once. Each context in turn is put into the teacher's prompt, and
-# A_t of eq (2) is read out at every token of the same attempts. A context is good if the negative A
+# A_t of eq (2) is computed at every token of the same attempts. A context is good if the negative A
 # of a wrong attempt falls on its first wrong step, and if a right attempt is left alone.
 
 
 def token_contexts() -> dict[str, tuple[sd.Condition, dict]]:
-    """Who writes each context of the study, and with which changes to the config."""
+    """Who writes each context of the study, with which changes to the config, by its name."""
     contexts = {}
     for style in STYLES:
         contexts[f"critique ({style})"] = sd.CONDITIONS["critique"], {"critic_style": style}
@@ -229,11 +229,6 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     The first context must be a copy of the attempt: it says where the first wrong step is.
     """
     saved = sd.load_checkpoint(Path(folder, "checkpoint.pt"))["config"]
-    if sd.is_url(saved.critic) and saved.critic != url:
-        raise sd.UserError(
-            f"argument --critic: give {saved.critic} again if you trust it; the API key is sent to "
-            "no address that only a file names"
-        )
     # whatever condition the run had, there is a teacher, and every token is scored
     cfg = replace(saved, condition="critique", stop_at_first_edit=False)
     chat = sd.load_solver(cfg)
@@ -247,6 +242,11 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
             )
         condition, changes = token_contexts()[name]
         if condition.asks_critic and critic is None:
+            if sd.is_url(cfg.critic) and cfg.critic != url:
+                raise sd.UserError(
+                    f"argument --critic: give {cfg.critic} again if you trust it; the API key is "
+                    "sent to no address that only a file names"
+                )
             critic = sd.load_critic(cfg, chat)
         texts = condition.write(rollouts, critic, replace(cfg, **changes))
         readers[name] = [replace(r, context=text) for r, text in zip(rollouts, texts)]
@@ -375,7 +375,7 @@ def example(chat, shown: dict, grpo: float, place: tuple | None, cfg: sd.Config)
 
 @torch.no_grad()
 def likeliest_tokens(chat, r: sd.Rollout, cfg: sd.Config) -> list[str]:
-    """The teacher's three likeliest tokens at each position, in words."""
+    """The teacher's three likeliest tokens at each position, as text."""
     lines = []
     hidden = sd.response_hidden(chat, [r.teacher_prompt], [r.sample.ids])
     # in chunks, because (T, V) may not fit into memory
@@ -390,11 +390,11 @@ def likeliest_tokens(chat, r: sd.Rollout, cfg: sd.Config) -> list[str]:
 
 
 FULL_COLOUR = 5.0  # nats at which a colour is saturated
-UNDERLINED = -0.05  # nats below which a token is underlined, for those who see no colours
+UNDERLINED = -0.05  # nats below which a token is underlined, for readers who see no colours
 
 
 def shade(a: float) -> tuple[int, int, int]:
-    """White at 0, red above and blue below, which the colour-blind tell apart."""
+    """White at 0, red above and blue below: a pair that colour-blind readers can tell apart."""
     # the root makes small advantages visible
     strength = min(1.0, abs(a) / FULL_COLOUR) ** 0.5
     end = (214, 71, 58) if a > 0 else (67, 133, 214)
@@ -462,7 +462,7 @@ def token_span(e: dict, row: dict, t: int) -> str:
 
 # ---- 4. Reproduction: each arm gets its own learning rate from the same sweep, then seeds. -------
 
-# an arm's name in the table, and its flags of sd.py; first come all conditions with their defaults
+# an arm's name in the table, and its flags of sd.py; the conditions without other flags come first
 ARMS = {
     **{condition: ["--condition", condition] for condition in reversed(sd.CONDITIONS)},
     "critique, first edit": ["--condition", "critique", "--stop-at-first-edit"],
@@ -474,7 +474,7 @@ ARMS = {
 
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the preset's learning rate
 
-# the fields of a config that do not shape a run's numbers
+# the fields in which a run that is found may differ from the one that is asked for
 FREE_FIELDS = {
     "preset", "steps", "out", "resume", "sample_batch", "micro_batch", "kl_chunk",
     "gradient_checkpointing", "save_every", "show_every", "final_problems", "export", "device",
@@ -483,7 +483,7 @@ FREE_FIELDS = {
 
 
 def main_arms(runs: dict) -> list[str]:
-    """The arms that are a condition and nothing else: these are compared in pairs, and drawn."""
+    """The arms that are a condition without other flags: these are compared in pairs and plotted."""
     return [arm for arm in sd.CONDITIONS if arm in runs]
 
 
@@ -524,7 +524,7 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
 
 
 def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> Path:
-    """The folder of one run: trained, continued, or found finished."""
+    """The folder of a run, which is trained, continued, or found finished."""
     # only letters, digits and dashes, for any file system
     name = "-".join(arm.replace(",", " ").replace("‖", " ").split())
     folder = root / f"{name}-lr{lr:g}-seed{seed}"
@@ -562,7 +562,7 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(steps, validations) of a log. A run at work may have written half a line."""
+    """(steps, validations) of a log. The last line of a running job may be incomplete."""
     steps, checks = [], []
     for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()[1:]:
         with contextlib.suppress(ValueError):
@@ -588,7 +588,7 @@ def read_curves(folders: list) -> dict[str, np.ndarray]:
 
 
 def test_scores(folders: list, name: str, metric: str) -> np.ndarray:
-    """A metric of each run on the test problems, computed once and kept beside the checkpoint."""
+    """A metric of each run on the test problems, cached beside the checkpoint."""
     values = []
     for folder in folders:
         kept = folder / f"test-{name}.json"
@@ -694,7 +694,7 @@ PANELS = (
 
 
 def plot_runs(folders: list[str], out: Path) -> str:
-    """Draw the logs of runs, finished or not, into one PNG or SVG, by the name of `out`."""
+    """Draw the logs of runs, finished or not. The suffix of `out` decides: PNG or SVG."""
     plt = load_pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
     for number, folder in enumerate(folders):
@@ -703,7 +703,7 @@ def plot_runs(folders: list[str], out: Path) -> str:
             cost = entry["cost"]
             entry["seconds"] = cost["sample_s"] + cost["critic_s"] + cost["train_s"]
         for axis, (label, names, scale) in zip(axes.flat, PANELS):
-            # what every step logs is a line; what is measured now and then, dots
+            # what is not measured at every step is drawn as dots
             for name, entries, style in zip(names, (steps, checks), (".-", "o:")):
                 x = [entry["step"] for entry in entries]
                 y = [scale * entry[name] for entry in entries]
@@ -786,11 +786,11 @@ def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
     return placed
 
 
-# ---- 6. Filter, after the paper's: keep what the base solves sometimes, but seldom. --------------
+# ---- 6. Filter, after the paper's: keep the problems that the base solves, but rarely. -----------
 
 
 def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
-    """Write the kept rows to `out`. Scores are saved on the way: the same command goes on."""
+    """Write the kept rows to `out`. Scores are saved as they are computed: run again to resume."""
     cfg = sd.parse_config([*flags, "--data", pool, "--eval-samples", str(samples)])
     chat = sd.load_solver(cfg)
     rows, dropped = sd.read_problems(cfg, chat)
@@ -806,12 +806,12 @@ def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[st
 
 def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[str, float]:
     """Avg of each problem, from the file at `path` if it is there, else sampled and added to it."""
-    # scores that were made with other settings do not count
     k = cfg.eval_samples
+    # scores with other settings do not count
     settings = {name: getattr(cfg, name) for name in (*SHARED_FIELDS, "eval_samples")}
     avg = {}
     for _, entry in sd.read_rows(path) if path.exists() else []:
-        # a line that was cut off by a kill is no dict
+        # a line that was cut off is no dict
         if isinstance(entry, dict) and entry["settings"] == settings:
             avg[entry["problem"]] = entry["avg"]
     # random numbers follow from a problem's place in the pool, not from what is left
@@ -835,15 +835,15 @@ def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[st
     return avg
 
 
-# ---- 7. Preflight: what one runs before spending a night. ----------------------------------------
+# ---- 7. Preflight: is a long run worth starting? -------------------------------------------------
 
 
 def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     """Without training: solver, critic and teacher on validation problems, and a verdict."""
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
-    if not problems:
-        raise sd.UserError("argument --validation-problems: --preflight needs at least 1")
+    if len(problems) < 2:
+        raise sd.UserError("--preflight needs at least 2 problems, for the control reads another's")
     critic = sd.load_critic(cfg, chat)
     numbered, seconds = list(enumerate(problems)), {}
     with sd.timed(seconds, "sample"):
@@ -885,7 +885,7 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     rows += cost_rows(chat, rollouts, critiques, seconds, cfg)
     head = f"{len(problems)} validation problems × {samples} attempts; 95 % bootstrap intervals"
     table_text = markdown(["before training", "", "of"], rows)
-    return "\n".join([head, "", table_text, *verdicts(judged, gaps, flat.mean(), cfg)])
+    return "\n".join([head, "", table_text, *verdicts(judged, gaps, flat.mean())])
 
 
 class Judged(NamedTuple):
@@ -977,13 +977,12 @@ def cost_rows(chat, rollouts, critiques, seconds: dict, cfg: sd.Config) -> list:
     ]
 
 
-def verdicts(judged: Judged, gaps: dict, flat: float, cfg: sd.Config) -> list[str]:
+def verdicts(judged: Judged, gaps: dict, flat: float) -> list[str]:
     """One line for each condition, in words. The first reason that applies is given."""
     n, right, formed = judged.right.size, judged.right.sum(), judged.formed.sum()
     failed, wrong = judged.failed.sum(), judged.right == 0
     copied, corrected = judged.whole[wrong].sum(), judged.corrected[wrong].sum()
-    other = "try --prompts " + " or ".join(name for name in FORMATS if name != cfg.prompts)
-    stronger = "use a stronger one, or other --prompts"
+    other, stronger = "try other --prompts", "use a stronger one, or other --prompts"
     attempts = f"{wrong.sum()} wrong attempts"
     if formed < n / 2:
         critique = f"the base keeps to the format in {formed:.0f} of {n} attempts: {other}"
@@ -999,9 +998,9 @@ def verdicts(judged: Judged, gaps: dict, flat: float, cfg: sd.Config) -> list[st
     if right in (0, n):
         grpo += f": with {right:.0f} of {n} attempts right there is nothing to compare"
     elif flat > 0.8:
-        grpo += ": most groups teach nothing; use problems of another difficulty"
+        grpo += ": most groups carry no signal; use problems of another difficulty"
     else:
-        grpo += ": the others teach"
+        grpo += ": the others carry a signal"
     return [
         f"critique: {critique}",
         f"reference: {gap_verdict(gaps['the reference'])}",
@@ -1047,8 +1046,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--plot",
         action="store_true",
-        help="draw the runs' logs into --out [plot.png]; with --tokens RUN, the examples of its "
-        "study; without either, the figures in assets/ from what --reproduce and --tokens wrote",
+        help="draw the runs' logs [plot.png]; with --tokens RUN, the examples of its study "
+        "[advantage.png]; without either, the curves of --reproduce [assets/curves.svg]",
     )
     add(
         "--preflight",
@@ -1057,16 +1056,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--filter", metavar="POOL", help="a problem file, as sd.py's --data")
     add("--checkpoint", default="checkpoint.pt", help="checkpoint.pt (the last) or best.pt")
-    add("--critic", metavar="URL", help="--tokens: the address of RUN's http critic, once more")
+    add(
+        "--critic",
+        metavar="URL",
+        help="--tokens: repeat the address of RUN's http critic to allow it",
+    )
     add(
         "--samples",
         type=positive,
-        help="attempts a problem, k [the run's; --tokens 4; --filter 16; --preflight 2]",
+        help="attempts per problem, k [the run's; --tokens 4; --filter 16; --preflight 2]",
     )
     add(
         "--problems",
         type=positive,
-        help="the first so many test problems [all; --tokens 50; --preflight 32]",
+        help="number of problems, from the first on [all; --tokens 50; --preflight 32]",
     )
     add(
         "--contexts",
@@ -1076,9 +1079,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=positive, default=5, help="--reproduce: seeds of each arm [5]")
     add(
         "--below", type=float, default=0.3125,
-        help="--filter: keep what is solved less often [5/16, the paper's]",
+        help="--filter: keep problems solved in a smaller share of attempts [5/16, the paper's]",
     )  # fmt: skip
-    add("--out", help="folder, or --filter's file [the runs' parent; runs/reproduce; hard.jsonl]")
+    add("--out", help="folder or file [the runs' parent; runs/reproduce; hard.jsonl; see --plot]")
     return parser
 
 
@@ -1130,7 +1133,7 @@ def guarded(program: str, job: Callable[[], str]) -> int:
     except sd.UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; --reproduce and --filter go on with the same command"
+        code, message = 130, "stopped; run again to resume --reproduce or --filter"
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         code, message = 1, str(error)[:300]
     print(f"{program}: {sd.printable(message)}", file=sys.stderr)

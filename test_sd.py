@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -329,7 +328,6 @@ def test_a_step_equals_a_loop_over_rows_in_plain_autograd(chat, condition, kl):
     assert_same(got, wanted, atol=1e-5, rtol=1e-4)
     for gradient in got.values():
         assert gradient.abs().sum() > 0
-
 
 
 def test_no_tokenizer_is_needed_between_sampler_and_loss(chat):
@@ -913,7 +911,6 @@ def test_200_random_steps_keep_the_invariants(chat):
 # ---- Models. -------------------------------------------------------------------------------------
 
 
-
 def no_template(model, tokenizer):
     tokenizer.chat_template = None
     return model
@@ -1023,7 +1020,6 @@ def test_what_does_not_fit_is_halved_and_changes_no_result(tmp_path, monkeypatch
     wanted += halvings("rollouts", "--micro-batch", whole[1]["scored"], 2)
     printed = capfd.readouterr().out.splitlines()
     assert [line for line in printed if line.startswith("WARNING")] == wanted
-
 
 
 def test_a_single_row_that_does_not_fit_stops_the_run(chat):
@@ -2170,9 +2166,8 @@ def test_preflight_advises_against_a_format_that_is_not_kept(folder, capsys, nam
     flags = as_flags(dict(model=folder, data=folder / "problems.jsonl", prompts=name))
     flags += as_flags(dict(max_new_tokens=12, test_problems=5, validation_problems=9))
     assert evaluation.main([*PREFLIGHT, *flags]) == 0
-    text = capsys.readouterr().out
-    (others,) = re.findall(r"keeps to the format in 0 of 18 attempts: try --prompts (.*)", text)
-    assert {name, *re.split(", | or ", others)} == set(critic_prompts.FORMATS)
+    printed = capsys.readouterr().out
+    assert "keeps to the format in 0 of 18 attempts: try other --prompts" in printed
 
 
 def test_plot_draws_runs_that_are_short_or_still_writing(tmp_path, folder):

@@ -1,11 +1,11 @@
-"""What must a critic get right? Contexts are spoilt on purpose; what they still teach is measured.
+"""What must a critic get right? Spoils contexts on purpose and measures what they still teach.
 
 It is also the example of a fork: rows are added to sd.py's table of conditions, and nothing else
-changes. Each row spoils a share of the contexts. Where its error is not possible, the true context
-stays. A step is wrong if its value is not the problem's value at that place.
+changes. Each row spoils a share of the contexts. Where its error is impossible, the true context is
+kept. A step is wrong if its value is not the problem's value at that place.
 
   wrong value           in wrong attempts: the first wrong step gets another wrong value
-  wrong place           in wrong attempts: another step than that gets a wrong value
+  wrong place           in wrong attempts: a different step gets a wrong value
   error missed          in wrong attempts: nothing is changed, the attempt is copied
   right attempt spoilt  in right attempts: some step gets a wrong value
   …, all                in all attempts: it is combined with "right attempt spoilt"
@@ -66,7 +66,7 @@ def wording(r: sd.Rollout, text: str) -> list[make.Phrasing]:
 
 
 def change(r: sd.Rollout, text: str, place: int, pick: Callable) -> str:
-    """The text up to that step, a wrong value that is not its own, and what follows from it."""
+    """The text with a wrong value at `place`, different from its own, and the rest recomputed."""
     question, values = r.problem.question, read_values(text)
     before = values[place - 1] if place else int(question[0])
     right = make.apply(make.operations(question)[place], before)
@@ -175,7 +175,7 @@ def arm_name(kind: str, share: int) -> str:
 
 
 def add_rows() -> list[str]:
-    """All arms: rows of sd.py's table of conditions, and of eval.py's table of arms."""
+    """Add every arm to sd.CONDITIONS and evaluation.ARMS; their names."""
     arms = ["critique", "reference", "grpo"]
     for name, kind in KINDS.items():
         for share in kind.shares:
@@ -328,7 +328,7 @@ LINES = {
 
 
 def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
-    """Gain against the share of errors, and against four numbers that are known beforehand."""
+    """Gain against the share of errors, and against four numbers measured before training."""
     figure, axes = plt.subplot_mosaic(
         [["shares", RIGHT, BLAME], ["shares", GAP, PRAISE]],
         figsize=(10, 5), width_ratios=(1.4, 1, 1), sharey=True, layout="constrained",
@@ -361,7 +361,7 @@ def draw_points(axis, x, ys: list[np.ndarray], **style) -> None:
 
 def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
     """Train, measure, and write critic_study.md and critic_study.svg. Returns the tables."""
-    plt = evaluation.load_pyplot()  # if it is missing, that is said before the training
+    plt = evaluation.load_pyplot()  # fails before the training if matplotlib is missing
     cfg = sd.parse_config(flags)
     arms = add_rows()
     avg = train_all(arms, root, seeds, flags)

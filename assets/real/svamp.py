@@ -1,11 +1,13 @@
 """A critic that is a program, for word problems whose solution is a list of equations (SVAMP).
 
 It copies an attempt word for word up to the first equation that contradicts the solution, writes
-the right equation in its place, and finishes. Where no equation does, the attempt goes wrong at the
-first number that neither the question nor the solution holds, else at its answer. This shows what a
-faithful critic does to a language model, whatever language models of the same size can do as
-critics. It is also an example of a fork: two rows more in the table of conditions, and nothing else
-changes.
+the right equation in its place, and finishes. If no equation does, the error is taken to be at the
+first number found in neither question nor solution, else at the answer. This shows what a faithful
+critic does to a language model, whatever language models of the same size can do as critics. It is
+also an example of a fork: two more rows in the table of conditions, and nothing else changes.
+
+An equation contradicts the solution if it is not one of the solution's, so a right attempt at
+another route to the answer is left alone, and a wrong one is corrected where it leaves that route.
 
   python assets/real/svamp.py sd.py --condition scripted --model FOLDER --data svamp.jsonl …
   python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled
@@ -24,7 +26,7 @@ import sd  # noqa: E402
 
 # a minus sign that follows a digit is an operator
 NUMBER = r"[$€]?\s*((?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?)"
-# a unit may stand behind each number: 3 pens * 2 dollars = 6
+# a unit may follow each number: 3 pens * 2 dollars = 6
 UNIT = r"(?:\s*\\,)?(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
 OPERATOR = r"(\+|-|−|–|\*|×|/|÷|\\times|\\div|\\cdot)"
 # not the end of a longer sum: in 12 + 5 + 3 = 20 there is no equation of two numbers
@@ -40,7 +42,7 @@ def as_float(text: str) -> float:
 
 
 def read_equation(match: re.Match) -> tuple:
-    """(left, sign, right, result), with the smaller number first where the order is free."""
+    """(left, sign, right, result); the operands of + and * are sorted."""
     left, right, result = as_float(match[1]), as_float(match[3]), as_float(match[4])
     sign = SIGNS.get(match[2], match[2])
     if sign in "+*" and left > right:
@@ -87,7 +89,7 @@ def find_first_error(r: sd.Rollout) -> int | None:
     for match in EQUATION.finditer(r.text):
         if read_equation(match) not in right:
             return match.start(1)
-    # no equation is wrong: the sentence with a number from nowhere, else the one with the answer
+    # no equation is wrong: the sentence with an unknown number, else the one with the answer
     wrong = find_unknown_number(r)
     if wrong is None and "\\boxed" in r.text:
         wrong = r.text.rindex("\\boxed")
