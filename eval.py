@@ -483,7 +483,7 @@ FREE_FIELDS = {
 
 
 def main_arms(runs: dict) -> list[str]:
-    """The arms that are a condition without other flags: these are compared in pairs and plotted."""
+    """The arms that are a condition without other flags: they are compared in pairs and plotted."""
     return [arm for arm in sd.CONDITIONS if arm in runs]
 
 

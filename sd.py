@@ -674,9 +674,12 @@ def kl_teacher_student(log_p, log_q, ids, advantage):  # eq (5)
 
 
 def policy_gradient(log_p, log_q, ids, advantage):
-    # −A log p_y. The rollouts are the current policy's, so the importance ratio is 1 and a clip of
-    # it would do nothing. There is no KL to a reference policy: the adapter starts at zero and
-    # training is short. Like every loss here it is averaged over all scored tokens of the step.
+    """−A log p_y.
+
+    The rollouts are the current policy's, so the importance ratio is 1 and a clip of it would do
+    nothing. There is no KL to a reference policy: the adapter starts at zero and training is short.
+    Like every loss here it is averaged over all scored tokens of the step.
+    """
     # p − 1[y]: subtract one at the drawn token
     gradient = log_p.exp()
     gradient.scatter_add_(1, ids[:, None], -torch.ones_like(gradient[:, :1]))
@@ -783,10 +786,11 @@ def fused_loss(
         if h_teacher is not None:
             log_probs(h_teacher[tokens], head, temperature, out=log_q[:n])
         # a loss makes more tensors of its arguments' size, so it gets a few tokens at a time
-        arguments = (log_p[:n], log_q[:n], ids[tokens], advantage[tokens])
-        results = (losses[tokens], grad_z[:n])
-        for *part, loss, grad in zip(*(x.split(few) for x in arguments + results)):
-            loss[:], grad[:] = loss_fn(*part)
+        for first in range(0, n, few):
+            part = slice(first, min(first + few, n))
+            losses[tokens][part], grad_z[part] = loss_fn(
+                log_p[part], log_q[part], ids[tokens][part], advantage[tokens][part]
+            )
         gradient[tokens] = grad_z[:n] @ head / temperature
     return losses, gradient
 
