@@ -101,7 +101,8 @@ Notes, for checking only: {solution}
 EXAMPLES = [
     {
         "problem": "Tom buys 3 pens at $2 each and a book at $5. What does he pay?",
-        "notes": "Pens: 2 * 3 = $6. Total: 6 + 5 = $11.",
+        "solution": "Pens: 2 * 3 = $6. Total: 6 + 5 = $11.",
+        "answer": "11",
         "attempt": "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n"
         "<step_2>with the book that is 6 + 5 = 12 dollars</step_2>\n<answer>12</answer>",
         "copy": "<step_1>3 pens cost 3 * 2 = 6 dollars</step_1>\n"
@@ -113,7 +114,8 @@ EXAMPLES = [
     },
     {
         "problem": "A train covers 120 km in 2 hours, then 90 km in 1 hour. How far does it go?",
-        "notes": "It travels 120 + 90 = 210 km.",
+        "solution": "It travels 120 + 90 = 210 km.",
+        "answer": "210",
         "attempt": "The distances add up.\n<step_1>first part: 120 km; second part: 90",
         "copy": "<step_1>first part: 120 km; second part: 90 km</step_1>\n"
         "<step_2>in all 120 + 90 = 210 km</step_2>\n<answer>210</answer>",
@@ -166,51 +168,54 @@ mentioning it:
 
 {format}"""
 
-# The request names the one thing that small critics get wrong: Qwen2.5-Coder-1.5B-Instruct copied
-# attempts to the last character, wrong ones too, without a look at the solution.
 PLAIN_COPY = """\
-Correct an attempt at a problem. First compare each line of the attempt with the solution, silently.
-Then write the attempt again:
-- Copy it word for word up to the first line that contradicts the solution.
-- Write that line again, correctly, in the attempt's own wording, and continue to the answer.
-- If no line contradicts the solution, copy the whole attempt word for word.
-Never write down a wrong line, never say that there was a mistake, never mention the solution. End \
-with the final answer within \\boxed{}.
+A student's attempt at a problem may go wrong. Write the attempt again so that it reaches the \
+correct answer. Copy its text word for word as long as it agrees with the correct solution. From \
+the first statement that does not agree, write what the student should have written instead, in \
+the student's own wording, and end with the correct answer in \\boxed{}. If the attempt is right, \
+copy all of it.
 
 """
 
 PLAIN_QUOTE = """\
-Correct an attempt at a problem. Copy it word for word up to the first line that contradicts the \
-solution. Quote that line, say that it is wrong, write it again correctly, and continue to the \
-final answer within \\boxed{}. If no line is wrong, copy the whole attempt.
+A student's attempt at a problem may go wrong. Copy its text word for word as long as it agrees \
+with the correct solution. Quote the first statement that does not agree, say that it is wrong, \
+write it again correctly, and continue to the correct answer in \\boxed{}. If the attempt is \
+right, copy all of it.
 
 """
 
 PLAIN_OMIT = """\
-Correct an attempt at a problem. Leave out everything before the first line that contradicts the \
-solution. Write that line again, correctly, and continue to the final answer within \\boxed{}. If \
-no line is wrong, write only the last line with the answer.
+A student's attempt at a problem may go wrong. Leave out its text as long as it agrees with the \
+correct solution. Write the first statement that does not agree again, correctly, and continue to \
+the correct answer in \\boxed{}. If the attempt is right, write only its last line with the answer.
 
 """
 
 PLAIN_STYLES = {"copy": PLAIN_COPY, "quote": PLAIN_QUOTE, "omit": PLAIN_OMIT}
 
+# Both answers are named, and the correct one again at the very end, because small critics tend to
+# copy a wrong attempt unchanged; assets/real/README.md has the numbers.
 PLAIN_TASK = """\
 Problem: {problem}
 {notes}
-Attempt:
+Attempt, whose answer is {found}:
 {attempt}
 
-Corrected attempt:"""
+Corrected attempt{goal}:"""
 
 PLAIN_NOTES = """
-Solution: {solution}
+Correct solution: {solution}
+Correct answer: {answer}
 """
+
+PLAIN_GOAL = ", whose answer is {answer}"
 
 # one worked example: half the prompt of two, and the wrong step is the case that matters
 PLAIN_EXAMPLE = {
     "problem": "Tom buys 3 pens at $2 each and a book at $5. What does he pay?",
-    "notes": "3 * 2 = 6\n6 + 5 = 11",
+    "solution": "3 * 2 = 6\n6 + 5 = 11",
+    "answer": "11",
     "attempt": "1. The pens cost 3 * 2 = 6 dollars.\n\n2. With the book that is 6 * 5 = 30 dollars."
     "\n\nTom pays \\boxed{30} dollars.",
     "copy": "1. The pens cost 3 * 2 = 6 dollars.\n\n2. With the book that is 6 + 5 = 11 dollars."
@@ -232,12 +237,12 @@ def plain_find(text: str) -> list[str]:
 
 
 # words of the critic's request: a reply that contains them is taken for an echo of it
-ECHO = re.compile(r"^Attempt:$|contradicts the solution", re.MULTILINE)
+ECHO = re.compile(r"^Attempt, whose answer is|agrees with the correct solution", re.MULTILINE)
 
 
 def plain_trace(reply: str) -> str | None:
     """The reply up to the line of its last answer; None without an answer, or if it is an echo."""
-    trace = re.sub(r"\A\W*Corrected attempt:\**\s*", "", reply.replace("\r\n", "\n")).strip()
+    trace = re.sub(r"\A\W*Corrected attempt[^:\n]*:\**\s*", "", reply.replace("\r\n", "\n")).strip()
     last = trace.rfind("\\boxed{")
     if last < 0 or ECHO.search(trace):
         return None
@@ -272,8 +277,9 @@ class Format(NamedTuple):
     student_text: str  # with {problem} and {format}
     teacher_text: str  # with {problem}, {context} and {format}
     styles: dict[str, str]  # the critic's instructions, for each --critic-style
-    task: str  # what the critic is asked, with {problem}, {notes} and {attempt}
-    notes: str  # with {solution}
+    task: str  # the critic's: {problem}, {notes}, {attempt}, the answer {found} in it, {goal}
+    notes: str  # with {solution} and {answer}
+    goal: str  # with {answer}
     examples: list[dict]  # worked examples of the critic's task
     find_steps: Callable  # (text) → its steps, in order
     extract_trace: Callable  # (critic's reply) → the trace in it, or None if it is malformed
@@ -285,21 +291,32 @@ class Format(NamedTuple):
         text = self.teacher_text.format(problem=problem, context=context, format=self.answer_format)
         return [user(text)]
 
-    def critic(self, problem: str, attempt: str, solution: str | None, style: str) -> list[dict]:
-        """Instructions, worked examples and the attempt. Without a solution there are no notes."""
+    def critic(
+        self, problem: str, attempt: str, solution: str | None, answer: str, style: str
+    ) -> list[dict]:
+        """Instructions, worked examples and the attempt.
+
+        Without a solution the critic is told neither it nor the answer.
+        """
         turns = []
         for example in self.examples:
-            notes = example["notes"] if solution else None
-            turns.append(user(self.fill_task(example["problem"], example["attempt"], notes)))
-            turns.append({"role": "assistant", "content": example[style]})
-        turns.append(user(self.fill_task(problem, attempt, solution)))
+            shown = example["solution"] if solution else None
+            task = self.fill_task(example["problem"], example["attempt"], shown, example["answer"])
+            turns += [user(task), {"role": "assistant", "content": example[style]}]
+        turns.append(user(self.fill_task(problem, attempt, solution, answer)))
         # in the first user turn, because some chat templates have no system turn
         turns[0]["content"] = self.styles[style] + turns[0]["content"]
         return turns
 
-    def fill_task(self, problem: str, attempt: str, solution: str | None) -> str:
-        notes = self.notes.format(solution=solution) if solution else ""
-        return self.task.format(problem=problem, attempt=attempt, notes=notes)
+    def fill_task(self, problem: str, attempt: str, solution: str | None, answer: str) -> str:
+        notes = goal = ""
+        if solution:
+            notes = self.notes.format(solution=solution, answer=answer)
+            goal = self.goal.format(answer=answer)
+        found = extract_answer(attempt) or "missing"
+        return self.task.format(
+            problem=problem, notes=notes, attempt=attempt, found=found, goal=goal
+        )
 
 
 def user(text: str) -> dict[str, str]:
@@ -308,16 +325,16 @@ def user(text: str) -> dict[str, str]:
 
 FORMATS = {
     "steps": Format(
-        STEPS_FORMAT, STUDENT, TEACHER, STYLES, CRITIC_TASK, NOTES, EXAMPLES,
+        STEPS_FORMAT, STUDENT, TEACHER, STYLES, CRITIC_TASK, NOTES, "", EXAMPLES,
         steps_find, steps_trace,
     ),
     "plain": Format(
         PLAIN_FORMAT, PLAIN_STUDENT, PLAIN_TEACHER, PLAIN_STYLES, PLAIN_TASK, PLAIN_NOTES,
-        [PLAIN_EXAMPLE], plain_find, plain_trace,
+        PLAIN_GOAL, [PLAIN_EXAMPLE], plain_find, plain_trace,
     ),
     "toy": Format(
         "", "{problem}", "{problem}|{context}", TOY_MARKS, "{problem}|{attempt}|{notes}",
-        "{solution}", [], toy_find, toy_trace,
+        "{solution}", "", [], toy_find, toy_trace,
     ),
 }  # fmt: skip
 

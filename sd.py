@@ -533,8 +533,9 @@ def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> lis
     """
     prompt_format, conversations = FORMATS[cfg.prompts], []
     for r in rollouts:
-        solution = r.problem.solution if cfg.critic_sees_reference else None
-        messages = prompt_format.critic(r.problem.question, r.text, solution, cfg.critic_style)
+        question, solution, answer = r.problem
+        shown = solution if cfg.critic_sees_reference else None
+        messages = prompt_format.critic(question, r.text, shown, answer, cfg.critic_style)
         conversations.append(messages)
     critiques = []
     for r, reply in zip(rollouts, critic(conversations)):

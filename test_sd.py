@@ -672,13 +672,26 @@ def test_only_the_credit_differs_between_conditions(chat):
 def test_each_reader_is_told_what_it_may_see(name, solution, style):
     """Fails if a prompt loses its problem, attempt or context, or shows a hidden solution."""
     prompt_format = critic_prompts.FORMATS[name]
-    critic = prompt_format.critic("QUESTION", "ATTEMPT", solution, style)
+    critic = prompt_format.critic("QUESTION", "ATTEMPT", solution, "ANSWER", style)
     assert "QUESTION" in str(prompt_format.student("QUESTION"))
     teacher = str(prompt_format.teacher("QUESTION", "CONTEXT"))
     assert "QUESTION" in teacher and "CONTEXT" in teacher
     assert "QUESTION" in str(critic) and "ATTEMPT" in str(critic)
     assert ("SOLUTION" in str(critic)) == (solution is not None)
+    assert "None" not in str(critic) and (solution or "ANSWER" not in str(critic))
     assert critic[-1]["role"] == "user"
+
+
+def test_a_plain_critic_reads_both_answers_and_the_right_one_last():
+    """Fails if one of them, or one of the example's, is left out or stands in the other's place."""
+    critic = critic_prompts.FORMATS["plain"].critic
+    example, _, task = critic("QUESTION", "So it is \\boxed{30}.", "SOLUTION", "11", "copy")
+    for turn in (example, task):
+        assert "Attempt, whose answer is 30:" in turn["content"]
+        assert turn["content"].endswith("\n\nCorrected attempt, whose answer is 11:")
+    (*_, task) = critic("QUESTION", "It is", None, "11", "copy")
+    assert "Attempt, whose answer is missing:" in task["content"]
+    assert task["content"].endswith("\n\nCorrected attempt:")
 
 
 @pytest.mark.parametrize("sees", [True, False])
@@ -804,11 +817,15 @@ PLAIN_REPLIES = {
     "text after the answer": (f"{PLAIN}\n\nI corrected the second step.", PLAIN),
     "a label before it": (f"**Corrected attempt:**\n\n{PLAIN}", PLAIN),
     "a label in its line": (f"Corrected attempt: {PLAIN}", PLAIN),
+    "the whole label": (f"Corrected attempt, whose answer is 11:\n{PLAIN}", PLAIN),
     "Windows line ends": (PLAIN.replace("\n", "\r\n"), PLAIN),
     "step tags and a box": (f"{STEP_TRACE} \\boxed{{2}}", f"{STEP_TRACE} \\boxed{{2}}"),
     "step tags without a box": (STEP_TRACE, None),
-    "an echo of the request": (f"Problem: 6 + 5\n\nAttempt:\n{PLAIN}", None),
-    "an echo of the instructions": (f"No line contradicts the solution.\n\n{PLAIN}", None),
+    "an echo of the request": (f"Problem: 6 + 5\n\nAttempt, whose answer is 30:\n{PLAIN}", None),
+    "an echo of the instructions": (
+        f"All of it agrees with the correct solution.\n\n{PLAIN}",
+        None,
+    ),
     "a loop": (f"{PLAIN}\n\n{PLAIN}", None),
     "no answer": ("1. The pens cost 6 dollars.", None),
     "nothing": ("", None),
@@ -849,7 +866,7 @@ def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat):
     """Fails if the critic is asked with the adapter on, or half a critique is kept."""
     chat.end_ids = list(range(0, 200, 9))  # so that replies end
     toy_critic = critic_prompts.FORMATS["toy"].critic
-    conversations = [toy_critic(text, TRACE, None, "copy") for text in "7135"]
+    conversations = [toy_critic(text, TRACE, None, "", "copy") for text in "7135"]
     critic = sd.LocalCritic(chat, 60, 8)
     before = critic(conversations)
     adapt(chat, config(), noise=2.0)

@@ -235,7 +235,8 @@ class ToyLanguage:
         phrasings = self.phrasings("anyone" if hard else "solver")
         attempted = self.values(problem, misread=True, noise=0.1 if hard else 0.0)
         attempt = trace(problem, attempted, phrasings)
-        messages = prompts.critic(problem, attempt, self.row(problem)["solution"], style)
+        row = self.row(problem)
+        messages = prompts.critic(problem, attempt, row["solution"], row["answer"], style)
         return Example(messages, "", self.critique(problem, attempted, phrasings, style))
 
 
