@@ -325,18 +325,42 @@ def user(text: str) -> dict[str, str]:
 
 FORMATS = {
     "steps": Format(
-        STEPS_FORMAT, STUDENT, TEACHER, STYLES, CRITIC_TASK, NOTES, "", EXAMPLES,
-        steps_find, steps_trace,
+        answer_format=STEPS_FORMAT,
+        student_text=STUDENT,
+        teacher_text=TEACHER,
+        styles=STYLES,
+        task=CRITIC_TASK,
+        notes=NOTES,
+        goal="",
+        examples=EXAMPLES,
+        find_steps=steps_find,
+        extract_trace=steps_trace,
     ),
     "plain": Format(
-        PLAIN_FORMAT, PLAIN_STUDENT, PLAIN_TEACHER, PLAIN_STYLES, PLAIN_TASK, PLAIN_NOTES,
-        PLAIN_GOAL, [PLAIN_EXAMPLE], plain_find, plain_trace,
+        answer_format=PLAIN_FORMAT,
+        student_text=PLAIN_STUDENT,
+        teacher_text=PLAIN_TEACHER,
+        styles=PLAIN_STYLES,
+        task=PLAIN_TASK,
+        notes=PLAIN_NOTES,
+        goal=PLAIN_GOAL,
+        examples=[PLAIN_EXAMPLE],
+        find_steps=plain_find,
+        extract_trace=plain_trace,
     ),
     "toy": Format(
-        "", "{problem}", "{problem}|{context}", TOY_MARKS, "{problem}|{attempt}|{notes}",
-        "{solution}", "", [], toy_find, toy_trace,
+        answer_format="",
+        student_text="{problem}",
+        teacher_text="{problem}|{context}",
+        styles=TOY_MARKS,
+        task="{problem}|{attempt}|{notes}",
+        notes="{solution}",
+        goal="",
+        examples=[],
+        find_steps=toy_find,
+        extract_trace=toy_trace,
     ),
-}  # fmt: skip
+}
 
 
 # ---- 5. Reading what a model wrote. --------------------------------------------------------------

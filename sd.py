@@ -424,7 +424,7 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
             past_key_values=cache,  # from transformers 5.24 on: cache=cache
         ).last_hidden_state  # fmt: skip
         # only the last position predicts; float32 from the logits on, as in the loss
-        logits = F.linear(hidden[:, -1], chat.head).float() / temperature
+        logits = F.linear(hidden[:, -1], chat.head).float().div_(temperature)
         p = F.softmax(logits, -1)  # (rows, V)
         entropy[alive] += torch.special.entr(p).sum(-1)
         if uniforms is None:
