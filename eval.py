@@ -839,17 +839,23 @@ def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[st
 
 
 def preflight(cfg: sd.Config, count: int, samples: int) -> str:
-    """Without training: solver, critic and teacher on validation problems, and a verdict."""
+    """Without training: solver, critic and teacher on validation problems, and a verdict.
+
+    The critic is whoever writes the contexts of --condition; in grpo, the one of critique.
+    """
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
     if len(problems) < 2:
         raise sd.UserError("--preflight needs at least 2 problems, for the control reads another's")
-    critic = sd.load_critic(cfg, chat)
+    condition = sd.CONDITIONS[cfg.condition]
+    if not condition.has_teacher:
+        condition = sd.CONDITIONS["critique"]
+    critic = sd.load_critic(cfg, chat) if condition.asks_critic else None
     numbered, seconds = list(enumerate(problems)), {}
     with sd.timed(seconds, "sample"):
         rollouts = sd.attempt(chat, numbered, cfg, samples, sd.EVAL_SEED)
     with sd.timed(seconds, "critic"):
-        critiques = sd.write_critiques(rollouts, critic, cfg)
+        critiques = condition.write(rollouts, critic, cfg)
 
     judged = judge(rollouts, critiques, samples, cfg)
     right, steps = judged.right, judged.steps
@@ -875,7 +881,9 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     gaps = {}
     for name, texts in contexts.items():
         accuracy, number, gaps[name] = teacher_gap(chat, rollouts, texts, samples, cfg)
-        result = f"{100 * accuracy:.1f} %, gap {bracketed(gaps[name], form='+.1f')}"
+        result = "-"
+        if number:
+            result = f"{100 * accuracy:.1f} %, gap {bracketed(gaps[name], form='+.1f')}"
         rows.append([f"teacher that reads {name}: right", result, str(number)])
     groups = numbered[: max(1, count // 4)]
     rewards = [r.reward for r in sd.attempt(chat, groups, cfg, cfg.group_size, sd.EVAL_SEED)]

@@ -2148,6 +2148,16 @@ def test_preflight_tells_a_critique_from_another_problems(capsys):
     assert "\ngrpo: " in text
 
 
+def test_preflight_judges_the_condition_that_it_is_given(monkeypatch, capsys):
+    """Fails if another writer of contexts is judged, or a critic is loaded that nobody asks."""
+    silent = sd.Condition(lambda rollouts, critic, cfg: [None] * len(rollouts), False)
+    monkeypatch.setitem(sd.CONDITIONS, "silent", silent)
+    assert evaluation.main([*PREFLIGHT, "--condition", "silent", "--critic", "/nowhere"]) == 0
+    printed = capsys.readouterr().out
+    assert "the critic fails on 32 of 32 attempts" in printed
+    assert "| teacher that reads its critique: right | - | 0 |" in printed
+
+
 def copying_critic(conversations: list[list[dict]]) -> list[sd.Reply]:
     """Gives back the attempt, which stands between the bars of the toy's request."""
     attempts = [messages[0]["content"].split("|")[1] for messages in conversations]
