@@ -5,8 +5,10 @@ copied word for word, the first wrong step corrected, and the rest finished from
 is the same network with this critique in its prompt. The solver learns to match the teacher's token
 distribution on its own attempt. If you know GRPO, this is what differs:
 
-  1. One attempt per problem. There is no group baseline, so every attempt is at another problem.
-  2. Credit is a distribution at every token, not one number per rollout: it can single out a token.
+  1. One attempt per problem. There is no group baseline, so each attempt of a step is at a
+     different problem.
+  2. Credit is a distribution at every token, not one number per rollout, so it can fall on a single
+     token.
   3. Credit comes from the network's own initial weights (LoRA adapter off), with a context c in the
      prompt that the student does not see. There is no reward model, no second copy of the weights,
      and the teacher never changes.
@@ -36,7 +38,7 @@ Shapes: B prompts of a batch, G rollouts of a group, T tokens of a response, N s
 micro-batch, H hidden width, V vocabulary. The prompts are in critic_prompts.py; tables and figures
 are made by eval.py.
 
-  python sd.py --condition critique                no GPU, no hub: a toy model, half a minute
+  python sd.py --condition critique                without a GPU: a toy model, half a minute
   python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
   python eval.py runs/critique runs/reference runs/grpo        compare runs, with intervals
 """
@@ -111,25 +113,25 @@ class Config:
     skip_bad_rows: bool = knob(False, "count malformed rows of --data instead of stopping")
     critic: str = knob("self", "self (adapter off), a model, or http://…/v1[,…] (paper: QwQ-32B)")
     critic_model: str = knob("", "name of the model behind an http critic")
-    critic_sees_reference: bool = knob(True, "show the critic the worked solution (paper: yes)")
+    critic_sees_reference: bool = knob(True, "tell the critic solution and answer (paper: yes)")
     critic_style: str = knob("copy", "copy and correct, quote the error, or omit what is right")
     critic_max_new_tokens: int = knob(0, "cap of a critique; 0: twice an attempt's", low=0)
     # the loss
     kl: str = knob("student||teacher", "eq (4), eq (5), or one sampled token with eq (2)")
     stop_at_first_edit: bool = knob(False, "score no token past the first corrected one (ours)")
-    teacher_thinking: bool = knob(False, "the teacher's template thinks (paper: yes)")
+    teacher_thinking: bool = knob(False, "thinking mode in the teacher's template (paper: yes)")
     # optimisation
     steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
-    attempts_per_step: int = knob(32, "rollouts a step, in every condition (paper)", low=1)
-    group_size: int = knob(8, "grpo only: rollouts a problem (paper)", low=2)
+    attempts_per_step: int = knob(32, "rollouts per step, in every condition (paper)", low=1)
+    group_size: int = knob(8, "grpo only: rollouts per problem (paper)", low=2)
     lr: float = knob(5e-6, "learning rate of AdamW, constant (paper)", low=0)
     max_grad_norm: float = knob(0.1, "clip of the gradient's norm; 0: off (OPSD)", low=0)
-    lora_rank: int = knob(64, "on all attention and MLP projections (paper)", low=1)
+    lora_rank: int = knob(64, "of the adapter on every linear layer but the head (paper)", low=1)
     lora_alpha: float = knob(128.0, "the adapter's output is scaled by alpha / rank (paper)", low=0)
     # sampling
     temperature: float = knob(1.1, "of sampling and of the loss alike (paper)", low=1e-3)
     max_new_tokens: int = knob(2048, "cap of an attempt, tokens (paper)", low=1)
-    # memory and speed: apart from rounding, only dtype changes a result
+    # memory and speed: these change results by rounding alone, and dtype most
     sample_batch: int = knob(64, "rows that generate at once; memory, not results", low=1)
     micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
     kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
@@ -138,15 +140,17 @@ class Config:
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
     threads: int = knob(0, "CPU threads of torch; 0: its own choice, all cores", low=0)
     # evaluation, checkpoints, output
-    eval_every: int = knob(0, "steps between evaluations that choose best.pt; 0: never", low=0)
-    eval_samples: int = knob(12, "attempts a problem in every evaluation (paper)", low=1)
-    final_problems: int = knob(8, "test problems of the closing before → after; 0: none", low=0)
+    eval_every: int = knob(0, "steps between evaluations; best.pt keeps the best; 0: never", low=0)
+    eval_samples: int = knob(12, "attempts per problem in every evaluation (paper)", low=1)
+    final_problems: int = knob(
+        8, "test problems of the final before/after comparison; 0: none", low=0
+    )
     save_every: int = knob(10, "steps between checkpoints; 0: only the last (paper)", low=0)
     show_every: int = knob(10, "steps between printed examples; 0: never", low=0)
     export: bool = knob(True, "at the end, write OUT/model: adapters merged, for from_pretrained")
     seed: int = knob(0, "of data order, adapters and sampling", low=0)
     out: str = knob("", "run folder; empty: runs/CONDITION")
-    resume: bool = knob(False, "go on from OUT's checkpoint, with its config")
+    resume: bool = knob(False, "continue from OUT's checkpoint, with its config")
 
     @property
     def has_teacher(self) -> bool:
@@ -166,8 +170,8 @@ PRESETS = {
         steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16, lora_alpha=32.0, temperature=1.0,
         max_new_tokens=64, sample_batch=1024, micro_batch=32, gradient_checkpointing=False,
         final_problems=100,
-        # small kernels wait for their slowest thread: beside another busy process two threads take
-        # three times as long as one
+        # small kernels wait for the slowest thread: next to another busy process, two threads are
+        # three times slower than one
         threads=1,
     ),
     # the defaults above; --grader math-verify is better where answers are LaTeX
@@ -191,15 +195,15 @@ class Problem(NamedTuple):
 class Sample(NamedTuple):
     """One response as it was drawn."""
 
-    ids: list[int]  # the end token included: the student must learn to stop
+    ids: list[int]  # with the end token, so that stopping is trained as well
     truncated: bool  # cut at the cap, without an end token
-    entropy: float  # of the distributions that were drawn from, mean over tokens, nats
+    entropy: float  # mean entropy of the sampled distributions, nats per token
 
 
 class Reply(NamedTuple):
     """What a critic answered."""
 
-    text: str | None  # None: the request failed, or the reply was cut off
+    text: str | None  # None: the request failed, it was too long, or the reply was cut off
     tokens: int  # generated; 0 if a server does not say
 
 
@@ -247,7 +251,7 @@ class Chat:
         )
         # the template has already written the special tokens
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # a tokenizer without byte fallback maps all that it does not know to one token
+        # a tokenizer without byte fallback maps every unknown character to one token
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and unknown not in self.end_ids:
             raise UserError(
@@ -256,7 +260,7 @@ class Chat:
         return ids
 
     def escape(self, text: str) -> str:
-        """Put a space into the name of each special token, so that a text cannot end its turn."""
+        """Put a space into the names of special tokens, so that a text cannot end its own turn."""
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special:
                 text = text.replace(token.content, token.content[:1] + " " + token.content[1:])
@@ -280,7 +284,7 @@ class Run:
     step: int = 0  # optimiser steps taken
     seen: int = 0  # position in the training problems
     best: float = -1.0  # best validation accuracy
-    seconds: list[float] = field(default_factory=list)  # of each step of this session
+    seconds: list[float] = field(default_factory=list)  # per step since this process started
 
 
 # ---- 3. LoRA: an adapter that can be switched off. Off, the model is the initial policy. ---------
@@ -297,7 +301,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        # under their old names, so that the names in the model's state dict stay the same
+        # the names of nn.Linear, so that the keys of the state dict do not change
         self.weight, self.bias = linear.weight, linear.bias
         self.scale = alpha / rank
         device = linear.weight.device
@@ -352,9 +356,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
-# The weights of the three frozen roles. All are the initial policy here; a fork changes one alone.
-# A teacher that averages past adapters, for example, is a context manager that swaps p.data, an
-# update of the average after optimizer.step(), and an entry in the checkpoint.
+# All three frozen roles use the initial weights. They have separate names so that a fork can change
+# one. A teacher that averages past adapters, for example, is a context manager that swaps p.data,
+# an update of the average after optimizer.step(), and an entry in the checkpoint.
 teacher_weights = adapters_off  # q of the equations
 critic_weights = adapters_off  # of `--critic self`
 base_weights = adapters_off  # of the closing comparison, and of the KL to the base
@@ -398,7 +402,7 @@ def generate(
 def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list[Sample]:
     """All prompts at once. Finished rows are dropped from the batch and from the KV cache.
 
-    Raises FloatingPointError, after the last token, if any logits were not finite.
+    Raises FloatingPointError, after the last token, if any distribution held NaN.
     """
     device, B = chat.model.device, len(prompts)
     # padded on the left, so that the next token of every row is in the same column
@@ -407,7 +411,7 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
     # the first real token of a padded row has position 0
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     if mask.all():
-        mask = None  # an all-ones mask slows the forward by 20 %
+        mask = None  # an all-ones mask slows the forward pass by 20 % (toy, CPU)
     if uniforms is not None:
         uniforms = torch.from_numpy(uniforms).to(device)
     ends = torch.tensor(chat.end_ids, device=device)
@@ -434,14 +438,14 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
             cdf = p.cumsum(-1)
             u = uniforms[alive, t, None] * cdf[:, -1:]
             token = torch.searchsorted(cdf, u, right=True)[:, 0]
-            # index V comes from logits that are not finite, which is reported below
+            # NaN gives index V; it is reported below
             token = token.clamp(max=cdf.shape[1] - 1)
         drawn[alive, t] = token
         unfinished = torch.isin(token, ends, invert=True).nonzero()[:, 0]
         if len(unfinished) == 0:
             break
         if len(unfinished) < len(alive):
-            # its name is from beam search; it selects rows in every kind of cache
+            # named for beam search, but it selects rows in every kind of cache
             cache.reorder_cache(unfinished)
             alive, token, position = alive[unfinished], token[unfinished], position[unfinished]
             mask = None if mask is None else mask[unfinished]
@@ -464,8 +468,8 @@ def attempt(
 ) -> list[Rollout]:
     """`samples` attempts at each (number, problem), graded.
 
-    The k-th attempt draws from random numbers that follow from (seed, number, k) alone, so neither
-    batch nor process decides what is drawn. `seed` is cfg's by default.
+    Attempt k uses random numbers that depend on (seed, number, k) alone, so neither batching nor
+    the number of processes affects it. `seed` is cfg's by default.
     """
     seed = cfg.seed if seed is None else seed
     repeated, prompts, uniforms = [], [], []
@@ -526,7 +530,7 @@ class LocalCritic:
 
 
 def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> list[str | None]:
-    """c is the attempt, corrected by the critic, who sees problem, attempt and solution.
+    """c is the attempt, corrected by the critic.
 
     A reply that is cut off, or that lacks steps or an answer, becomes None: half a trace or an
     error message in the teacher's prompt would be distilled like any other text.
@@ -563,15 +567,15 @@ def group_advantages(rollouts: list[Rollout], critic, cfg: Config) -> list[float
 
 
 class Condition(NamedTuple):
-    # (rollouts, critic, cfg) → for each rollout its context, or None where it cannot be scored;
-    # without a teacher its advantage, one number that blames or praises all of its tokens alike
+    # (rollouts, critic, cfg) → one context per rollout, or None to leave it out; without a teacher
+    # one advantage per rollout, which is the same for all of its tokens
     write: Callable
     asks_critic: bool  # else no critic is loaded
     has_teacher: bool = True
 
 
-# Sampler, denominator, optimiser and evaluation are shared. critique and reference differ in c
-# alone; grpo has no c, and another loss.
+# All conditions share sampler, denominator, optimiser and evaluation. critique and reference differ
+# in c alone; grpo has no c, and a different loss.
 CONDITIONS = {
     "critique": Condition(write_critiques, asks_critic=True),
     "reference": Condition(copy_solutions, asks_critic=False),
@@ -580,7 +584,7 @@ CONDITIONS = {
 
 
 def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) -> None:
-    """Give each rollout its context, or in grpo its advantage."""
+    """Set the context of each rollout, or in grpo its advantage."""
     values = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
     for r, value in zip(rollouts, values):
         if cfg.has_teacher:
@@ -668,7 +672,6 @@ def kl_student_teacher(log_p, log_q, ids, advantage):  # eq (4)
 
 
 def kl_teacher_student(log_p, log_q, ids, advantage):  # eq (5)
-    # q is constant: the gradient comes from log p alone
     q = log_q.exp()
     kl = torch.linalg.vecdot(q, log_q - log_p)
     return kl, log_p.exp() - q
@@ -678,7 +681,8 @@ def policy_gradient(log_p, log_q, ids, advantage):
     """−A log p_y.
 
     The rollouts are the current policy's, so the importance ratio is 1 and a clip of it would do
-    nothing. There is no KL to a reference policy: the adapter starts at zero and training is short.
+    nothing. There is no KL to a reference policy: the adapter starts at zero and training is short,
+    so the policy stays near it.
     Like every loss here it is averaged over all scored tokens of the step.
     """
     # p − 1[y]: subtract one at the drawn token
@@ -724,7 +728,7 @@ class Loss(NamedTuple):
     naive: Callable  # the loss alone, for autograd: the tests compare the two
 
 
-# The choices of --kl. People use "forward" and "reverse" KL both ways, so a name is the formula.
+# The choices of --kl. "Forward" and "reverse" KL are used both ways, so a name is the formula.
 DIVERGENCES = {
     "student||teacher": Loss(kl_student_teacher, kl_student_teacher_naive),
     "teacher||student": Loss(kl_teacher_student, kl_teacher_student_naive),
@@ -767,17 +771,17 @@ def fused_loss(
 
     h_student, h_teacher (N, H); head (V, H), frozen; ids, advantage (N,). Logits exist for `chunk`
     tokens at a time, and the gradient is computed while they exist: z = h Wᵀ / temperature, so it
-    is (∂loss/∂z) W / temperature. That makes three matmuls, as many as autograd needs over all
-    logits at once. No torch.autograd.Function is needed, since nothing follows the loss: the
-    caller goes on with h_student.backward(gradient).
+    is (∂loss/∂z) W / temperature. These are three matmuls (student's logits, teacher's logits,
+    gradient), as many as plain autograd needs. No torch.autograd.Function is needed, since nothing
+    follows the loss: the caller goes on with h_student.backward(gradient).
     """
     N = len(h_student)
     losses = torch.empty(N, device=h_student.device)
     gradient = torch.empty_like(h_student)
-    # (chunk, V) buffers for all chunks: on a CPU fresh memory would cost a tenth of the time
+    # buffers that all chunks use: on a CPU, fresh memory for each takes 10 % longer
     grad_z = head.new_empty(min(chunk, N), len(head))
     log_p = torch.empty_like(grad_z, dtype=torch.float32)
-    # without a teacher log q stands for nothing, and no loss reads it
+    # without a teacher any tensor will do: policy_gradient ignores log q
     log_q = log_p if h_teacher is None else torch.empty_like(log_p)
     few = math.ceil(chunk / 16)
     for start in range(0, N, chunk):
@@ -786,7 +790,7 @@ def fused_loss(
         log_probs(h_student[tokens], head, temperature, out=log_p[:n])
         if h_teacher is not None:
             log_probs(h_teacher[tokens], head, temperature, out=log_q[:n])
-        # a loss makes more tensors of its arguments' size, so it gets a few tokens at a time
+        # a few tokens at a time, because loss_fn makes several more tensors of this size
         for first in range(0, n, few):
             part = slice(first, min(first + few, n))
             losses[tokens][part], grad_z[part] = loss_fn(
@@ -814,12 +818,12 @@ def score(
     # both sequences of a rollout end in the ids that were drawn
     responses = [r.scored_ids for r in rollouts]
     h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, H)
-    # the teacher: other weights, another prompt, no gradient
+    # the teacher: other weights, another prompt, and no gradient, the sg of eq (1)
     h_teacher = None
     if rollouts[0].teacher_prompt is not None:
         with torch.no_grad(), weights(chat.model):
             h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
-    # one entry a scored token, in the order of the hidden states
+    # one entry per scored token, in the order of the hidden states
     ids = torch.tensor([i for r in rollouts for i in r.scored_ids], device=device)  # (N,)
     advantage = torch.tensor([r.advantage for r in rollouts for _ in r.scored_ids], device=device)
     losses, gradient = fused_loss(
@@ -836,13 +840,13 @@ def update(
     Raises FloatingPointError, before any weight changes, if they are not finite.
     """
     loss_fn = DIVERGENCES[cfg.kl].fused if cfg.has_teacher else GRPO_LOSS.fused
-    # one denominator for all micro-batches and processes
+    # the denominator of eq (1), for all micro-batches and processes
     total = all_sum(sum(len(r.scored_ids) for r in rollouts))
     if total == 0:
         return {"loss": 0.0, "grad_norm": 0.0}
     chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is 0 in both
-    # Dividing by `total` in the backward pass would underflow in float16. So it is done in two
-    # parts: by about 1 in the backward pass, and by a power of two, exactly, in float32 after it.
+    # Dividing by `total` before the backward pass would underflow in float16. So the gradient is
+    # multiplied by scale / total (about 1) before it, and divided by scale (a power of 2) after it.
     scale = 2.0 ** round(math.log2(total))
 
     def accumulate(rows: int) -> float:
@@ -893,7 +897,7 @@ def take_step(run: Run) -> tuple[dict, list[Rollout]]:
 
 
 def train(cfg: Config) -> None:
-    """Train to cfg.steps; log, evaluate and save on the way. Ctrl-C ends it, saved."""
+    """Train to cfg.steps; log, evaluate and save on the way. Ctrl-C saves, then stops."""
     chat = load_solver(cfg)
     problems = load_problems(cfg, chat)
     critic = load_critic(cfg, chat) if CONDITIONS[cfg.condition].asks_critic else None
@@ -918,9 +922,8 @@ def train(cfg: Config) -> None:
                 validate(run, rollouts)
             if is_due(run.step, cfg.save_every):
                 save_checkpoint(run, "checkpoint.pt")
-            # all processes stop, or none
+            # all processes stop, or none does
             stop = all_sum(len(interrupted) + (empty_steps == 3))
-    # also after Ctrl-C
     save_checkpoint(run, "checkpoint.pt")
     if empty_steps == 3:
         raise UserError(NOTHING_SCORED)
@@ -930,12 +933,12 @@ def train(cfg: Config) -> None:
         print_closing(run)
     if cfg.export:
         export(run)
-    all_sum(0)  # a barrier: no process ends while rank 0 still writes
+    barrier()  # no process ends while rank 0 still writes
 
 
 # ==================================================================================================
 #
-# This was the method. What follows is plumbing: processes, problem files and reward, model loading,
+# The method ends here. What follows is plumbing: processes, problem files and reward, model loading,
 # log and checkpoint, what is printed, the command line.
 #
 # ==================================================================================================
@@ -958,9 +961,9 @@ def start_processes() -> None:
         backend = "cpu:gloo,cuda:nccl"
     # a process may have to wait for another one's whole rollout
     dist.init_process_group(backend, timeout=timedelta(hours=2))
-    # leave in order: an exit with the group open can end in an abort
+    # a process that exits with the group open may abort
     atexit.register(dist.destroy_process_group)
-    # one process prints; errors still reach everyone's stderr
+    # only rank 0 prints; errors of every rank still reach stderr
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -982,6 +985,11 @@ def gather(items: list) -> list:
 def all_sum(value: float) -> float:
     """The sum of all processes' values; an int stays an int."""
     return sum(gather([value]))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    all_sum(0)
 
 
 def sum_gradients(weights: list[nn.Parameter]) -> None:
@@ -1019,7 +1027,7 @@ def read_text(row: dict, name: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"field {name!r} is missing, empty or not text")
-    value.encode()  # half of a surrogate pair is an error here, not hours later in the tokenizer
+    value.encode()  # half of a surrogate pair fails here, not hours later in the tokenizer
     return value.strip()
 
 
@@ -1144,8 +1152,8 @@ def as_number(text: str) -> Fraction | None:
 
     Units in \\text{} are ignored.
     """
-    # a mixed number: 1 1/2 is not 11/2
-    if len(text) > 1000 or re.search(r"\d\s*\\[dt]?frac|\d\s+\d+\s*/", text):
+    # 1 1/2 is not 11/2, and 1, 234 is not 1234
+    if len(text) > 1000 or re.search(r"\d\s*\\[dt]?frac|\d,?\s+\d", text):
         return None
     # LaTeX fractions become a/b
     text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
@@ -1254,7 +1262,7 @@ def has_plain_head(chat: Chat) -> bool:
 
 
 def halve_rows(job: Callable, chat: Chat, work: str, rows: int, flag: str):
-    """job(rows); while memory runs out, again with half the rows, which changes rounding alone."""
+    """Run job(rows). If memory runs out, halve the rows and retry: only rounding changes."""
     rows = min(rows, chat.max_rows.get(work, rows))
     while True:
         try:
@@ -1264,9 +1272,11 @@ def halve_rows(job: Callable, chat: Chat, work: str, rows: int, flag: str):
         if rows == 1:
             raise UserError(
                 f"out of memory with a single row of {work}; lower --max-new-tokens, --kl-chunk or "
-                "--critic-max-new-tokens and add --resume, or begin anew with a smaller model"
+                "--critic-max-new-tokens and add --resume, or start again with a smaller model"
             )
-        print(f"WARNING: out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}")
+        print(
+            f"WARNING: out of memory with {rows} rows of {work}; continues with {flag} {rows // 2}"
+        )
         rows //= 2
         chat.max_rows[work] = rows
         if torch.accelerator.is_available():
@@ -1298,8 +1308,8 @@ class HTTPCritic:
     max_new_tokens: int
     parallel: int = 16  # requests at once
     timeout: float = 600.0  # seconds for one reply
-    tries: int = 4  # of a request, once every server has failed it
-    pause: float = 1.0  # seconds before the second of these tries; doubles
+    tries: int = 4  # in all with one server; each further server adds one
+    pause: float = 1.0  # seconds before the first retry of a failed server; doubles each time
     last_error: str = ""
 
     def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
@@ -1321,11 +1331,7 @@ class HTTPCritic:
                 return self.post(self.urls[(number + k) % servers], messages)
             except Exception as failure:
                 error = failure
-            # what every server calls a bad request stays one; 429 (too many) and 5xx may pass
-            code = getattr(error, "code", None)
-            if k >= servers - 1 and code is not None and code < 500 and code != 429:
-                break
-        self.last_error = f"{type(error).__name__}: {error}"[:100]
+        self.last_error = first_line(error)
         return Reply(None, 0)
 
     def post(self, url: str, messages: list[dict]) -> Reply:
@@ -1363,8 +1369,8 @@ def is_url(name: str) -> bool:
 # ---- 14. Run folder: log.jsonl, checkpoint.pt (the last), best.pt, model/. -----------------------
 
 NOTHING_SCORED = (
-    "for 3 steps there was no valid context that fits the teacher's prompt, so nothing was learnt; "
-    "the run is saved. Change --critic, then add --resume"
+    "for 3 steps there was no valid context that fits the window, so nothing was learnt; the run "
+    "is saved. Change --critic, then add --resume"
 )
 
 
@@ -1386,7 +1392,7 @@ def open_folder(run: Run) -> None:
 
 def code_commit() -> str | None:
     """The commit of this file if it is in a git repository, with a + if anything was changed."""
-    # no tag's name, but always the hash
+    # --exclude: tags are ignored, so that it is always the hash
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     git += ["describe", "--always", "--exclude=*", "--dirty=+"]
     try:
@@ -1414,12 +1420,12 @@ def write_log(run: Run, entry: dict) -> None:
             file.write(json.dumps(entry) + "\n")
 
 
-def save_checkpoint(run: Run, name: str) -> None:
+def save_checkpoint(run: Run, file_name: str) -> None:
     """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
     if rank() == 0:
         state = {
             "config": asdict(run.cfg),
-            "state": {field: getattr(run, field) for field in STATE},
+            "state": {name: getattr(run, name) for name in STATE},
             "adapters": adapters(run.chat.model),
             "optimizer": run.optimizer.state_dict(),
             "log_size": Path(run.cfg.out, "log.jsonl").stat().st_size,
@@ -1427,10 +1433,10 @@ def save_checkpoint(run: Run, name: str) -> None:
         # serialised in memory first: on a full disk torch.save raises no OSError
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        partial = Path(run.cfg.out, name + ".tmp")
+        partial = Path(run.cfg.out, file_name + ".tmp")
         partial.write_bytes(buffer.getvalue())
-        os.replace(partial, Path(run.cfg.out, name))
-    all_sum(0)  # a barrier: if another process fails, torchrun ends this one, half-way through
+        os.replace(partial, Path(run.cfg.out, file_name))
+    barrier()  # if another process failed now, torchrun would kill this one while it writes
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1452,23 +1458,22 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_adapters(chat: Chat, checkpoint: dict) -> None:
     """Copy a checkpoint's adapters into the model."""
+    saved, trained = checkpoint["adapters"], adapters(chat.model)
+    shapes = [{name: p.shape for name, p in weights.items()} for weights in (saved, trained)]
+    if shapes[0] != shapes[1]:
+        raise UserError("the checkpoint's adapters do not fit; were --model or --lora-rank others?")
     with torch.no_grad():
-        for name, p in adapters(chat.model).items():
-            saved = checkpoint["adapters"].get(name)
-            if saved is None or saved.shape != p.shape:
-                raise UserError(
-                    "the checkpoint's adapters do not fit: was --model or --lora-rank another?"
-                )
-            p.copy_(saved)
+        for name, p in trained.items():
+            p.copy_(saved[name])
 
 
 def restore(run: Run) -> None:
-    """Go on exactly where the last checkpoint was written."""
+    """Continue from the last checkpoint. There is no other random state, so the run repeats."""
     checkpoint = load_checkpoint(Path(run.cfg.out, "checkpoint.pt"))
     load_adapters(run.chat, checkpoint)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     for group in run.optimizer.param_groups:
-        group["lr"] = run.cfg.lr  # load_state_dict brings the old one, and --lr may be another
+        group["lr"] = run.cfg.lr  # load_state_dict brings the old one, but --lr may be new
     for name in STATE:
         setattr(run, name, checkpoint["state"][name])
     if rank() == 0:
@@ -1489,7 +1494,7 @@ def export(run: Run) -> None:
             if isinstance(layer, LoRALinear):
                 layer.weight.copy_(layer.weight.float() + layer.scale * layer.B @ layer.A)
                 layer.B.zero_()
-    # what is left is the model as it was loaded, with other numbers
+    # the rest has the names and shapes of the loaded model
     weights = model.state_dict()
     for name in adapters(model):
         del weights[name]
@@ -1504,7 +1509,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
     before = signal.getsignal(signal.SIGINT)
 
     def handler(number, frame):
-        # the next one ends the process: an exception would wait for the critic's http requests
+        # a second Ctrl-C kills at once: KeyboardInterrupt would wait for the http threads
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         pressed.append(number)
         if rank() == 0:
@@ -1554,7 +1559,7 @@ def validate(run: Run, rollouts: list[Rollout]) -> None:
 
 @torch.no_grad()
 def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
-    """KL(policy‖base) on the policy's own tokens, nats a token: how far it has moved.
+    """Mean KL(policy‖base), nats per token, over the attempts of the step just taken.
 
     Both read the student's prompt. A sudden rise is the usual first sign of a collapse.
     """
@@ -1596,7 +1601,7 @@ def measure(rollouts: list[Rollout], cfg: Config) -> dict[str, float]:
 
 
 def copied_steps(text: str, critique: str, cfg: Config) -> list[bool]:
-    """For each step of a critique, whether it is word for word a step of the attempt."""
+    """For each step of a critique: is it an exact copy of a step of the attempt?"""
     find_steps = FORMATS[cfg.prompts].find_steps
     attempted = find_steps(text)
     return [step in attempted for step in find_steps(critique)]
@@ -1697,7 +1702,7 @@ def print_example(chat: Chat, r: Rollout, cfg: Config) -> None:
         f"attempt    {r.text}   [{outcome}]",
     ]
     if cfg.has_teacher:
-        lines.append(f"{cfg.condition:10s} {r.context or 'none: the critic failed'}")
+        lines.append(f"{cfg.condition:10s} {r.context or 'none that is valid'}")
     else:
         lines.append(
             f"advantage  {r.advantage:+.2f} for each of its {len(r.sample.ids)} tokens [eq (3)]"
@@ -1717,7 +1722,7 @@ def print_example(chat: Chat, r: Rollout, cfg: Config) -> None:
 def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Tensor]:
     """Eq (2) at every response token of each rollout, a list of (T,), nats. For display only."""
     chat.model.eval()
-    # all tokens, also those after the first edit
+    # with the tokens after the first edit
     whole = [replace(r, scored_length=None) for r in rollouts]
     _, estimate, _ = score(chat, whole, kl_sampled, cfg, teacher_weights)  # −A at each token
     return list((-estimate).split([len(r.sample.ids) for r in rollouts]))
@@ -1789,11 +1794,7 @@ def parse_config(argv: list[str] | None) -> Config:
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "qwen" if "model" in given or torch.cuda.is_available() else "toy"
-    if preset not in PRESETS:
-        raise UserError(
-            f"argument --preset: {preset!r} is not one of {', '.join(CHOICES['preset'])}"
-        )
-    cfg = replace(Config(), **{**PRESETS[preset], **given, "preset": preset})
+    cfg = replace(Config(), **{**PRESETS.get(preset, {}), **given, "preset": preset})
     check_config(cfg)
     return replace(cfg, out=cfg.out or f"runs/{cfg.condition}")
 
@@ -1847,7 +1848,7 @@ def check_config(cfg: Config) -> None:
             "argument --critic: a URL needs --critic-model, the name of the model it serves"
         )
     if cfg.grader == "math-verify" and not importlib.util.find_spec("math_verify"):
-        raise UserError("argument --grader: pip install math-verify, or take --grader exact")
+        raise UserError("argument --grader: pip install math-verify, or use --grader exact")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1866,13 +1867,13 @@ def main(argv: list[str] | None = None) -> int:
         code, message = 2, str(error)
     except KeyboardInterrupt:
         code = 130
-        message = "stopped; the same command with --resume goes on from the last checkpoint"
+        message = "stopped; if training had begun, the same command with --resume continues"
     except torch.OutOfMemoryError:
         message = "out of memory; lower --sample-batch, --micro-batch or --kl-chunk, and --resume"
     except FloatingPointError as error:
-        message = f"not finite: {error}. The last checkpoint is intact; take a lower --lr"
+        message = f"not finite: {error}. The last checkpoint is intact; use a lower --lr"
     except OSError as error:  # disk full, folder not writable
-        message = f"{error}; a run that had begun goes on with --resume"
+        message = f"{error}; if training had begun, continue with --resume"
     print(f"sd.py: {printable(message)}", file=sys.stderr)
     return code
 

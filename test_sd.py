@@ -1009,7 +1009,7 @@ def halvings(work: str, flag: str, rows: int, limit: int) -> list[str]:
     """The warnings until no more than `limit` rows are left."""
     lines = []
     while rows > limit:
-        what = f"out of memory with {rows} rows of {work}; goes on with {flag} {rows // 2}"
+        what = f"out of memory with {rows} rows of {work}; continues with {flag} {rows // 2}"
         lines.append(f"WARNING: {what}")
         rows //= 2
     return lines
@@ -1406,7 +1406,7 @@ BEHAVIOURS = {
     "uncounted": (1, True),
     "cut": (1, False),
     "null": (1, False),
-    "400": (1, False),
+    "400": (3, False),
     "429": (3, False),
     "500": (3, False),
     "garbage": (3, False),
@@ -1417,7 +1417,7 @@ BEHAVIOURS = {
 
 @pytest.mark.parametrize("how", BEHAVIOURS)
 def test_the_http_critic_tries_again_what_may_pass(server, how):
-    """Fails if a 4xx is sent again, a 5xx is not, or a reply raises into the training loop."""
+    """Fails if a failed request is not sent again, or a reply raises into the training loop."""
     (reply,) = http_critic([server.url + "/"], how)(asking("correct this"))
     assert (len(server.calls), reply.text is not None) == BEHAVIOURS[how]
     path, body, _ = server.calls[0]
