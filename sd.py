@@ -938,8 +938,8 @@ def train(cfg: Config) -> None:
 
 # ==================================================================================================
 #
-# The method ends here. What follows is plumbing: processes, problem files and reward, model loading,
-# log and checkpoint, what is printed, the command line.
+# The method ends here. What follows is plumbing: processes, problem files and reward, loading of
+# models, log and checkpoint, what is printed, the command line.
 #
 # ==================================================================================================
 
