@@ -2253,6 +2253,8 @@ SCRIPTED = [
     ("plain", "3 * 2 = 6. With these 3 * 2 = 6 ", "6 + 5 = 12 is right: \\boxed{12}"),
     ("plain", "3 * 2 = 6. ", "All in all 6 + 2 + 5 = 13: \\boxed{13}"),
     ("plain", "3 * 2 = 6. ", "All in all 6+2-5=3: \\boxed{4}"),
+    ("plain", "3 * 2 = 6, so 3 \\times 2 + 5 = 11. Then ", "11 - 1 = 10: \\boxed{10}"),
+    ("plain", "3 * 2 = 6. ", "All: $6 + $5 + $1 = $12: \\boxed{12}"),
 ]
 
 
@@ -2268,8 +2270,9 @@ def test_the_scripted_critic_corrects_from_the_first_wrong_equation(svamp, promp
 
 
 def test_the_scripted_critic_leaves_alone_what_it_cannot_correct(svamp):
-    """Fails if a right attempt is changed, if a finished one without an answer gets none, or if one
-    that was cut off before any error is called wrong."""
+    """Fails if a right attempt is changed, if a finished one without an answer gets none, if one
+    that was cut off before any error is called wrong, or if the copy holds a wrong answer or half
+    of a block of code."""
     right = replace(answered("I see 5 * 5 = 9. \\boxed{11}", 1.0), problem=SHOP)
     assert svamp.correct(right, config()) == right.text
     unfinished = replace(answered("3 * 2 = 6, 6 + 5 = 11.", 0.0), problem=SHOP)
@@ -2277,6 +2280,20 @@ def test_the_scripted_critic_leaves_alone_what_it_cannot_correct(svamp):
     assert critique.startswith(unfinished.text) and critique.count("\\boxed{11}") == 1
     cut = replace(unfinished, sample=unfinished.sample._replace(truncated=True))
     assert svamp.correct(cut, config(prompts="plain")) is None
+    for text in (
+        "It is \\boxed{30}: 6 * 5 = 30.",
+        "```python\nprint(6 * 5)\n```\n```output\n6 * 5 = 30",
+    ):
+        assert svamp.correct(replace(unfinished, text=text), config(prompts="plain")) is None
+
+
+@pytest.mark.parametrize("opening, closing", [("\\[", "\\]"), ("\\(", "\\)")])
+def test_the_scripted_critic_closes_the_formula_that_it_corrects(svamp, opening, closing):
+    """Fails if the teacher reads, and so teaches, formulas that are left open."""
+    text = f"{opening} 3 * 2 = 6 {closing} and {opening} 6 * 5 = 30 {closing}: \\boxed{{30}}"
+    critique = svamp.correct(replace(answered(text, 0.0), problem=SHOP), config(prompts="plain"))
+    assert critique.startswith(text[: text.index("6 * 5")] + f"6 + 5 = 11 {closing}.\n\n")
+    assert critique.count(opening) == critique.count(closing) == 2
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -29,9 +29,11 @@ NUMBER = r"[$€]?\s*((?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?)"
 # a unit may follow each number: 3 pens * 2 dollars = 6
 UNIT = r"(?:\s*\\,)?(?:\s*\\text\{[^{}]*\}|\s*[A-Za-z$]+){0,3}\s*"
 OPERATOR = r"(\+|-|−|–|\*|×|/|÷|\\times|\\div|\\cdot)"
-# not the end of a longer sum: in 12 + 5 + 3 = 20 there is no equation of two numbers
-START = r"(?<![-+*/×÷−–\d.,])(?<![-+*/×÷−–] )"
-EQUATION = re.compile(START + NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER)
+EQUATION = re.compile(
+    r"(?<![\d.,])" + NUMBER + UNIT + OPERATOR + r"\s*" + NUMBER + UNIT + r"=\s*" + NUMBER
+)
+# what comes before the tail of a longer sum: 12 + 5 + 3 = 20 has no equation of two numbers
+INSIDE = re.compile(OPERATOR + r"\s*\\?[$€]?\s*$")
 SIGNS = {"−": "-", "–": "-", "×": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/"}
 # numbers that count steps: "2." at the start of a line, "step 2"
 COUNTER = re.compile(r"^\W*\d+[.:)]|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
@@ -50,8 +52,16 @@ def read_equation(match: re.Match) -> tuple:
     return left, sign, right, result
 
 
-def read_equations(text: str) -> list[tuple]:
-    return [read_equation(match) for match in EQUATION.finditer(text)]
+def find_equations(text: str) -> list[re.Match]:
+    found = []
+    for match in EQUATION.finditer(text):
+        if not INSIDE.search(text[: match.start(1)]):
+            found.append(match)
+    return found
+
+
+def read_equations(text: str) -> set[tuple]:
+    return {read_equation(match) for match in find_equations(text)}
 
 
 def find_unknown_number(r: sd.Rollout) -> int | None:
@@ -68,7 +78,11 @@ def find_unknown_number(r: sd.Rollout) -> int | None:
 
 
 def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
-    """The attempt, corrected; None if the program does not see where a wrong attempt goes wrong."""
+    """The attempt, corrected; None if the program cannot do it.
+
+    It cannot if it does not see where the attempt goes wrong, or if the answer comes before the
+    error, or the error is inside a block of code.
+    """
     if r.reward:
         return r.text
     wrong = find_first_error(r)
@@ -77,16 +91,18 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
         end = ending(r.text, r.problem.answer, cfg)
         return None if r.sample.truncated else r.text.rstrip() + end
     copied, lines = r.text[:wrong], r.problem.solution.split("\n")
-    shown = read_equations(copied)
-    missing = [line for line in lines if not set(read_equations(line)) <= set(shown)]
-    missing = ", ".join(missing) or lines[-1]
-    return f"{copied}{missing}.{ending(copied, r.problem.answer, cfg)}"
+    if sd.extract_answer(copied) is not None or copied.count("```") % 2:
+        return None
+    missing = [line for line in lines if not read_equations(line) <= read_equations(copied)]
+    equations = ", ".join(missing) or lines[-1]
+    end = ending(copied, r.problem.answer, cfg)
+    return f"{copied}{equations}{closing_bracket(copied)}.{end}"
 
 
 def find_first_error(r: sd.Rollout) -> int | None:
     """Where a wrong attempt goes wrong."""
     right = read_equations(r.problem.solution)
-    for match in EQUATION.finditer(r.text):
+    for match in find_equations(r.text):
         if read_equation(match) not in right:
             return match.start(1)
     # no equation is wrong: the sentence with an unknown number, else the one with the answer
@@ -100,6 +116,14 @@ def start_of_sentence(text: str, position: int) -> int:
     """Where the sentence or line begins that holds `position`."""
     starts = re.finditer(r"^|\. ", text[:position], re.MULTILINE)
     return [match.end() for match in starts][-1]
+
+
+def closing_bracket(copied: str) -> str:
+    """What closes the LaTeX formula in which the copy ends."""
+    for opening, closing in (("\\[", " \\]"), ("\\(", " \\)")):
+        if copied.rfind(opening) > copied.rfind(closing.strip()):
+            return closing
+    return ""
 
 
 def ending(copied: str, answer: str, cfg: sd.Config) -> str:
