@@ -236,20 +236,25 @@ def plain_find(text: str) -> list[str]:
     return steps
 
 
+# "Here is the corrected attempt:"
+LABEL = re.compile(r"\A[^\n]*corrected attempt[^:\n]*:\**\s*", re.IGNORECASE)
 # words of the critic's request: a reply that contains them is taken for an echo of it
 ECHO = re.compile(r"^Attempt, whose answer is|agrees with the correct solution", re.MULTILINE)
 
 
 def plain_trace(reply: str) -> str | None:
     """The reply up to the line of its last answer; None without an answer, or if it is an echo."""
-    trace = re.sub(r"\A\W*Corrected attempt[^:\n]*:\**\s*", "", reply.replace("\r\n", "\n")).strip()
-    last = trace.rfind("\\boxed{")
-    if last < 0 or ECHO.search(trace):
+    trace = LABEL.sub("", reply.replace("\r\n", "\n")).strip()
+    before, mark, rest = trace.rpartition("\\boxed{")
+    if not mark or ECHO.search(trace):
         return None
-    end = trace.find("\n", last)
-    trace = trace if end < 0 else trace[:end]
-    steps = plain_find(trace)
-    # a looping reply, or one that repeats the attempt before correcting it, has a step twice
+    # the line of the answer, and a line that closes its formula
+    inside = before_closing_brace(rest[:1000])
+    after = re.match(r"[^\n]*(\n[ \t]*(\\\]|\$\$)\.?(?=\s|\Z))?", rest[len(inside) :])
+    trace = before + mark + inside + after[0]
+    # A looping reply, or one that repeats the attempt before correcting it, has a step twice. Rules
+    # and formulas may be repeated
+    steps = [step for step in plain_find(trace) if len(step) > 40]
     return trace if len(steps) == len(set(steps)) else None
 
 
@@ -367,7 +372,7 @@ FORMATS = {
 
 
 def extract_answer(text: str) -> str | None:
-    """The last <answer>…</answer>, else the last \\boxed{…}, else what follows the last ####.
+    """The last <answer>…</answer>, else the last \\boxed{…}, else a last line after ####.
 
     None if there is no answer. The closing tag may be cut off. No regular expression scans the
     whole text, so a response of 10 MB costs a few searches.
@@ -379,9 +384,9 @@ def extract_answer(text: str) -> str | None:
     if mark:
         return before_closing_brace(rest[:1000]).strip() or None
     _, mark, rest = text.rpartition("####")
-    if mark:
-        return rest[:1000].lstrip().partition("\n")[0].strip() or None
-    return None
+    answer = rest[:1000].strip()
+    # a heading is no answer: nothing may follow in another line
+    return answer if mark and answer and "\n" not in answer else None
 
 
 def before_closing_brace(text: str) -> str:

@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 
 import sd
 from critic_prompts import FORMATS, STYLES, extract_answer, first_edit, normalise
@@ -303,6 +302,8 @@ def wrong_step(chat: sd.Chat, r: sd.Rollout, critique: str, prompt_format) -> tu
     """
     ids, text = r.sample.ids, chat.decode(r.sample.ids)
     edit = first_edit(chat.decode, ids, critique)
+    if not text:
+        return 0, len(ids), 0
     # characters up to the end of each token, and up to the departure
     ends = np.array([len(chat.decode(ids[: t + 1])) for t in range(len(ids))])
     place = min(ends[edit - 1], len(text) - 1) if edit else 0
@@ -811,9 +812,11 @@ def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[st
     settings = {name: getattr(cfg, name) for name in (*SHARED_FIELDS, "eval_samples")}
     avg = {}
     for _, entry in sd.read_rows(path) if path.exists() else []:
-        # a line that was cut off is no dict
+        # a line that was cut off is no dict; a problem's answer may have been corrected
         if isinstance(entry, dict) and entry["settings"] == settings:
-            avg[entry["problem"]] = entry["avg"]
+            problem, _ = rows.get(entry["problem"], (None, None))
+            if problem and problem.answer == entry["answer"]:
+                avg[entry["problem"]] = entry["avg"]
     # random numbers follow from a problem's place in the pool, not from what is left
     todo = []
     for number, (key, (problem, _)) in enumerate(rows.items()):
@@ -829,7 +832,8 @@ def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[st
             for (_, problem), mean in zip(part, np.reshape(rewards, (-1, k)).mean(1)):
                 key = normalise(problem.question)
                 avg[key] = float(mean)
-                line = {"problem": key, "avg": avg[key], "settings": settings}
+                line = {"problem": key, "answer": problem.answer, "avg": avg[key]}
+                line["settings"] = settings
                 file.write(json.dumps(line) + "\n")
             file.flush()  # a kill costs one batch
     return avg
@@ -1133,8 +1137,7 @@ def guarded(program: str, job: Callable[[], str]) -> int:
 
     Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, else 1.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    sd.prepare_output()
     try:
         print(job())
         return 0

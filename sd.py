@@ -255,7 +255,8 @@ class Chat:
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and unknown not in self.end_ids:
             raise UserError(
-                f"the tokenizer has no tokens for {text[:80]!r}; choose other --prompts or --data"
+                f"the tokenizer has no tokens for {text[:80]!r}; choose another --model, --prompts "
+                "or --data"
             )
         return ids
 
@@ -965,7 +966,7 @@ def start_processes() -> None:
     atexit.register(dist.destroy_process_group)
     # only rank 0 prints; errors of every rank still reach stderr
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def share(items: list) -> list:
@@ -1152,12 +1153,15 @@ def as_number(text: str) -> Fraction | None:
 
     Units in \\text{} are ignored.
     """
+    # a unit becomes a space; \$ and {,} are LaTeX for $ and ,
+    text = re.sub(r"\\text\{[^{}]*\}", " ", text[:1001]).strip()
+    text = text.replace("\\$", "").replace("{,}", ",")
     # 1 1/2 is not 11/2, and 1, 234 is not 1234
     if len(text) > 1000 or re.search(r"\d\s*\\[dt]?frac|\d,?\s+\d", text):
         return None
     # LaTeX fractions become a/b
     text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
-    text = re.sub(r"\\[!,;: ]|[\s$]|\\text\{[^{}]*\}", "", text).rstrip(".")
+    text = re.sub(r"\\[!,;: ]|[\s$]", "", text).rstrip(".")
     divisor = 100 if text.endswith("%") else 1
     text = text.removesuffix("%").removesuffix("\\")
     # 1,234 is a number, 12,34 is not
@@ -1296,6 +1300,10 @@ def load_critic(cfg: Config, chat: Chat) -> Critic:
     frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg.dtype, cfg.device)
     if not cfg.critic_max_new_tokens:
         length = min(length, frozen.window // 2)  # the other half is for the prompt
+    if length >= frozen.window:
+        raise UserError(
+            f"argument --critic-max-new-tokens: must be below the critic's window, {frozen.window}"
+        )
     return LocalCritic(frozen, length, cfg.sample_batch)
 
 
@@ -1370,7 +1378,7 @@ def is_url(name: str) -> bool:
 
 NOTHING_SCORED = (
     "for 3 steps there was no valid context that fits the window, so nothing was learnt; the run "
-    "is saved. Change --critic, then add --resume"
+    "is saved. Change --critic (for reference: --data), then add --resume"
 )
 
 
@@ -1816,7 +1824,8 @@ def resumed_config(given: dict) -> Config:
     # the user may change anything, but sees what changed
     for name in given:
         if getattr(saved, name) != getattr(cfg, name) and name != "resume":
-            print(f"resumed with {name} {getattr(cfg, name)}, before it was {getattr(saved, name)}")
+            change = f"{name} {getattr(cfg, name)}, before it was {getattr(saved, name)}"
+            print(printable(f"resumed with {change}"))
     return cfg
 
 
@@ -1851,10 +1860,19 @@ def check_config(cfg: Config) -> None:
         raise UserError("argument --grader: pip install math-verify, or use --grader exact")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, else 1."""
+def prepare_output() -> None:
+    """Silence transformers, and replace characters that the output's encoding lacks."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        # a notebook's streams have none
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, else 1."""
+    prepare_output()
     code = 1
     try:
         start_processes()

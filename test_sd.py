@@ -8,13 +8,17 @@ come from the tables of the code: a row that is added there is tested without a 
   python test_sd.py --trace the memory that Qwen3-1.7B takes, traced without a GPU
 """
 
+import os
+
+# the tests are of the CPU, also on a machine that has more
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import errno
 import importlib.util
 import itertools
 import json
 import math
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -658,12 +662,18 @@ def test_a_context_that_does_not_fit_is_left_out_whole(chat):
 
 def test_only_the_credit_differs_between_conditions(chat):
     """Fails if a condition gets another prompt, sampler or grader than the others."""
-    drawn = []
+    adapt(chat, config())
+    problems = sd.Split([problem for _, problem in numbered_problems(9)], [], [], {})
+    drawn = {}
     for name in sd.CONDITIONS:
-        rollouts = rollouts_of(chat, config(condition=name))
-        drawn.append([(r.prompt, r.sample.ids, r.reward) for r in rollouts])
-    for other in drawn[1:]:
-        assert other == drawn[0]
+        cfg = config(condition=name, attempts_per_step=4, group_size=2)
+        run = sd.Run(cfg, chat, problems, ScriptedCritic(TRACE), sgd(chat))
+        _, rollouts = sd.take_step(run)
+        # of a group, the first attempt
+        for r in rollouts[:: cfg.attempts_per_problem]:
+            told = (r.prompt, r.sample, r.text, r.reward)
+            assert drawn.setdefault(r.problem, told) == told
+    assert len(drawn) == 4
 
 
 @pytest.mark.parametrize("style", critic_prompts.STYLES)
@@ -818,6 +828,10 @@ PLAIN_REPLIES = {
     "a label before it": (f"**Corrected attempt:**\n\n{PLAIN}", PLAIN),
     "a label in its line": (f"Corrected attempt: {PLAIN}", PLAIN),
     "the whole label": (f"Corrected attempt, whose answer is 11:\n{PLAIN}", PLAIN),
+    "a sentence before it": (f"Sure! Here is the corrected attempt:\n\n{PLAIN}", PLAIN),
+    "a displayed answer": ("So:\n\\[\n\\boxed{11}\n\\]\nDone.", "So:\n\\[\n\\boxed{11}\n\\]"),
+    "an answer in three lines": ("So \\boxed{\n11\n}.\nDone.", "So \\boxed{\n11\n}."),
+    "rules and a formula twice": ("---\n\n5 = 5\n\n---\n\n5 = 5\n\n\\boxed{5}",) * 2,
     "Windows line ends": (PLAIN.replace("\n", "\r\n"), PLAIN),
     "step tags and a box": (f"{STEP_TRACE} \\boxed{{2}}", f"{STEP_TRACE} \\boxed{{2}}"),
     "step tags without a box": (STEP_TRACE, None),
@@ -1207,6 +1221,11 @@ GRADES = [
     (r"\boxed{2\text{ cm}}", "2", True),
     (r"<answer>2\frac{3}{4}</answer>", "23/4", False),
     ("<answer>11/2</answer>", "1 1/2", False),
+    (r"\boxed{\$5}", "5", True),
+    (r"\boxed{1{,}234}", "1234", True),
+    ("<answer>1, 234</answer>", "1234", False),
+    (r"\boxed{2\text{ hours }30\text{ minutes}}", "230", False),
+    ("#### Step 2: add\n6 + 5 = 11", "step 2: add", False),
 ]
 
 
@@ -1516,8 +1535,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, folder, condition):
 
 
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, folder):
-    """A checkpoint a step, so a kill falls into its writing. Fails if checkpoint or log can be left
-    half written. The processes are forked from one that has imported everything, for speed."""
+    """A checkpoint a step. Fails if a run that is killed cannot go on, or to other numbers. The
+    processes are forked from one that has imported everything, for speed."""
     flags = ["--condition", "reference", "--save-every", "1", "--show-every", "0"]
     log, rng = tmp_path / "run/log.jsonl", random.Random(0)
     forks = multiprocessing.get_context("forkserver")
@@ -1575,11 +1594,22 @@ def test_a_run_can_be_resumed_before_its_first_step(
 
 def test_a_changed_flag_is_reported_on_resume(tmp_path, folder, capfd):
     """Fails if a run goes on with another number without a word, or with the old one."""
-    flags = ["--condition", "grpo", "--steps", "1"]
-    assert run_in(tmp_path, folder, *flags) == 0
-    assert run_in(tmp_path, folder, *flags, "--resume", "--lr", "0.5") == 0
-    assert "resumed with lr 0.5" in capfd.readouterr().out
-    assert checkpoint_of(tmp_path / "run")["config"].lr == 0.5
+    flags = ["--condition", "reference", "--steps"]
+    assert run_in(tmp_path, folder, *flags, "1") == 0
+    before = checkpoint_of(tmp_path / "run")["adapters"]
+    assert run_in(tmp_path, folder, *flags, "2", "--resume", "--lr", "0") == 0
+    assert "resumed with lr 0.0" in capfd.readouterr().out
+    after = checkpoint_of(tmp_path / "run")
+    assert after["config"].lr == 0 and after["state"]["step"] == 2
+    assert_same(before, after["adapters"], atol=0, rtol=0)
+
+
+def test_another_preset_on_resume_is_one_line(tmp_path, folder, capfd):
+    """Fails if a preset is named that is not in force, or the run's own is refused."""
+    assert run_in(tmp_path, folder, "--condition", "grpo", "--steps", "0") == 0
+    assert run_in(tmp_path, folder, "--resume") == 0
+    assert run_in(tmp_path, folder, "--resume", "--preset", "qwen") == 2
+    assert "--preset" in error_of(capfd)
 
 
 def test_three_steps_without_a_critique_stop_the_run(tmp_path, folder, capfd):
@@ -1808,7 +1838,8 @@ WRONG_VALUES = [
     ("--resume --out /nowhere", "/nowhere"),
     ("--eval-every 1 --validation-problems 0", "--validation-problems"),
     ("--device cud", "--device"),
-    ("--prompts steps", "other --prompts"),
+    ("--prompts steps", "another --model, --prompts"),
+    ("--critic-max-new-tokens 9999", "the critic's window"),
     ("--stop-at-first-edit --critic-style quote", "--critic-style"),
 ]
 
@@ -2021,6 +2052,12 @@ def test_the_first_wrong_step_is_the_one_in_which_the_critique_departs(toy, crit
     assert evaluation.wrong_step(toy, rollout, critique, critic_prompts.FORMATS["toy"]) == place
 
 
+def test_an_attempt_without_a_word_is_wrong_from_its_first_token(toy):
+    """Fails if the token study stops at it."""
+    place = evaluation.wrong_step(toy, toy_rollout(toy, ""), TRACE, critic_prompts.FORMATS["toy"])
+    assert place == (0, 1, 0)
+
+
 def numbers_in(cell: str) -> list[float]:
     """Value, low and high end of the interval."""
     return [float(number) for number in re.findall(r"-?\d+\.\d+", cell)]
@@ -2088,6 +2125,7 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
     when it was made."""
     monkeypatch.setattr(sd, "load_critic", lambda *_: ScriptedCritic())
     monkeypatch.setattr(evaluation, "SWEEP", (1.0,))
+    train = sd.train
     table, passed = (tmp_path / "r/table.md", dict(model=folder, data=folder / "problems.jsonl"))
     passed |= dict(preset="toy", steps=2, test_problems=5, validation_problems=4, eval_samples=2)
     passed |= dict(lora_rank=4, attempts_per_step=4, group_size=2, max_new_tokens=12)
@@ -2104,6 +2142,15 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
     capsys.readouterr()
     assert evaluation.main(own + as_flags(passed | {"temperature": 0.5})) == 2
     assert "another temperature" in error_of(capsys)
+    # more steps: every run goes on, and is evaluated anew
+    resumed = []
+    monkeypatch.setattr(sd, "train", lambda cfg: resumed.append(cfg.resume) or train(cfg))
+    monkeypatch.setattr(evaluation, "ARMS", {"reference": ["--condition", "reference"]})
+    kept = list((tmp_path / "r").glob("reference-*/test-*.json"))
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert evaluation.main(own + as_flags(passed | {"steps": 3})) == 0
+    assert resumed == [True, True]
+    assert kept and all(path.stat().st_mtime_ns > old for path, old in zip(kept, before))
 
 
 def test_filter_keeps_what_is_seldom_solved_and_resumes(tmp_path, folder, monkeypatch, capsys):
@@ -2129,6 +2176,15 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(tmp_path, folder, monkey
         assert [json.loads(line) for line in out.read_text().splitlines()] == rows[1:3]
         assert "1 never solved, 2 solved 0.3125" in capsys.readouterr().out
     assert asked == [0, 1, 2, 3, 4]
+    # a line that was cut off, a corrected answer and other settings do not count
+    scores = Path(f"{out}.scores.jsonl")
+    scores.write_text(scores.read_text().rstrip()[:-30])
+    pool.write_text("\n".join(map(json.dumps, [rows[0] | {"answer": "2"}, *rows[1:]])))
+    for temperature, again in (("1.0", [0, 4]), ("1.0", []), ("0.5", [0, 1, 2, 3, 4])):
+        asked.clear()
+        passed = ["--preset", "toy", "--model", str(folder), "--temperature", temperature]
+        assert evaluation.main([*own, "--", *passed]) == 0
+        assert asked == again
 
 
 PREFLIGHT = ["--preflight", "--preset", "toy", "--problems", "16"]
@@ -2142,6 +2198,8 @@ def test_preflight_tells_a_critique_from_another_problems(capsys):
     for name, gap in re.findall(r"teacher that reads (.*): right \| .*gap ([+-][\d.]+)", text):
         gaps[name] = float(gap)
     control = gaps.pop("another problem's critique")
+    for row in ("base: right", "cut at the cap", "critic: failed", "a step of critique"):
+        assert row in text
     assert len(gaps) == 2 and control + 20 < min(gaps.values())
     assert "\ncritique: can work" in text
     assert "\nreference: can work" in text
@@ -2409,10 +2467,12 @@ def test_the_study_spoils_the_share_that_it_says(critic_study):
     rollouts = [chain(WRONG) for _ in range(400)]
     solution = rollouts[0].problem.solution
     spoilt = {}
-    for share in (50, 100):
-        contexts = sd.CONDITIONS[f"reference, wrong {share}"].write(rollouts, None, cfg)
+    for share in (25, 50, 100):
+        write = critic_study.spoilt_writer(critic_study.KINDS["reference, wrong"], share)
+        contexts = write(rollouts, None, cfg)
         spoilt[share] = {i for i, context in enumerate(contexts) if context != solution}
     assert 160 < len(spoilt[50]) < 240 and len(spoilt[100]) == 400
+    assert 70 < len(spoilt[25]) < 130 and spoilt[25] < spoilt[50]
     assert len(set(contexts)) > 10
     # "all": of two errors each attempt gets the one that is possible in it
     attempts = [chain(RIGHT), chain(WRONG)]

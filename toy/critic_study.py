@@ -210,7 +210,7 @@ def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, tuple]:
     # there is no adapter yet: student and teacher differ in their prompts alone
     for prompt in (r.prompt, r.teacher_prompt):
         hidden = sd.response_hidden(chat, [prompt], [r.sample.ids])
-        log_probs.append(sd.log_probs(hidden, chat.head, cfg.temperature))  # (T, V)
+        log_probs.append(sd.log_probs(hidden, chat.head, cfg.temperature).cpu())  # (T, V)
     log_ratio = log_probs[1] - log_probs[0]
     a = sd.of_drawn(log_ratio, torch.tensor(r.sample.ids))  # (T,), eq (2)
     # a token is a character; the last one of each step is its value
