@@ -2200,7 +2200,7 @@ def test_preflight_tells_a_critique_from_another_problems(capsys):
     control = gaps.pop("another problem's critique")
     for row in ("base: right", "cut at the cap", "critic: failed", "a step of critique"):
         assert row in text
-    assert len(gaps) == 2 and control + 20 < min(gaps.values())
+    assert len(gaps) == 2 and control < 10 and min(gaps.values()) > 40
     assert "\ncritique: can work" in text
     assert "\nreference: can work" in text
     assert "\ngrpo: " in text
