@@ -1811,9 +1811,8 @@ def resumed_config(given: dict) -> Config:
     """The saved config with the given flags on top; a flag that differs from it is reported."""
     out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
     saved = load_checkpoint(Path(out, "checkpoint.pt"))["config"]
-    if given.get("preset", saved.preset) not in ("auto", saved.preset):
+    if given.get("preset", saved.preset) != saved.preset:
         raise UserError("argument --preset: a run keeps its preset; give single flags instead")
-    given["preset"] = saved.preset
     if is_url(saved.critic) and "critic" not in given:
         raise UserError(
             "argument --critic: name the http critic again; the API key is sent to no address that "
