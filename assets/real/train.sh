@@ -1,19 +1,32 @@
 #!/bin/bash
-# Train the three conditions on SVAMP with a scripted critic, then compare them with the base.
+# Train on SVAMP with the scripted critic, the reference and GRPO, and compare them with the base.
 #
-#   bash assets/real/train.sh MODEL PROBLEMS [more flags of sd.py]
+#   bash assets/real/train.sh MODEL [more flags of sd.py]
 #
-# An interrupted arm goes on with its own command and --resume; a finished one is moved aside.
+# First a look: 5 steps of each condition at several learning rates. Then the rate with the best
+# validation accuracy goes on to 25 steps. A script that was interrupted goes on where it was.
 set -e
 model=$1
-problems=$2
-shift 2
-runs=""
-for condition in scripted reference grpo; do
-    python assets/real/svamp.py sd.py --condition $condition --model "$model" --data "$problems" \
-        --prompts plain --temperature 1.0 --max-new-tokens 256 --test-problems 200 \
-        --attempts-per-step 16 --group-size 4 --lr 2e-5 --steps 10 --save-every 1 \
-        --final-problems 0 --no-export --out runs/svamp/$condition "$@"
-    runs="$runs runs/svamp/$condition"
+shift
+more=("$@")
+
+train() {  # condition, learning rate, steps
+    out=runs/svamp/$1-lr$2
+    resume=()
+    [ ! -f "$out/checkpoint.pt" ] || resume=(--resume)
+    python assets/real/svamp.py sd.py --condition "$1" --lr "$2" --steps "$3" --out "$out" \
+        --model "$model" --data assets/real/svamp.jsonl --prompts plain --temperature 1.0 \
+        --max-new-tokens 256 --test-problems 200 --eval-every 5 --eval-samples 4 --save-every 1 \
+        --show-every 5 --final-problems 0 --no-export "${resume[@]}" "${more[@]}"
+}
+
+for rate in 1e-5 3e-5 1e-4; do
+    for condition in scripted reference grpo; do
+        train $condition $rate 5
+    done
 done
-python assets/real/svamp.py eval.py $runs --problems 100 --samples 2
+train scripted 3e-5 25
+train reference 1e-5 25
+train grpo 3e-5 25
+python assets/real/svamp.py eval.py runs/svamp/scripted-lr3e-5 runs/svamp/reference-lr1e-5 \
+    runs/svamp/grpo-lr3e-5 --problems 100 --samples 4 --out runs/svamp
