@@ -227,26 +227,26 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
 
     The first context must be a copy of the attempt: it says where the first wrong step is.
     """
+    writers = token_contexts()
+    for name in names:
+        if name not in writers:
+            raise sd.UserError(f"argument --contexts: {name!r} is not one of {', '.join(writers)}")
     saved = sd.load_checkpoint(Path(folder, "checkpoint.pt"))["config"]
     # whatever condition the run had, there is a teacher, and every token is scored
     cfg = replace(saved, condition="critique", stop_at_first_edit=False)
-    chat = sd.load_solver(cfg)
+    chat, critic = sd.load_solver(cfg), None
+    if any(writers[name][0].asks_critic for name in names):
+        if sd.is_url(cfg.critic) and cfg.critic != url:
+            raise sd.UserError(
+                f"argument --critic: give {cfg.critic} again if you trust it; the API key is sent "
+                "to no address that only a file names"
+            )
+        critic = sd.load_critic(cfg, chat)
     problems = sd.load_problems(cfg, chat).test[:count]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples, sd.EVAL_SEED)
-    readers, critic = {}, None
+    readers = {}
     for name in names:
-        if name not in token_contexts():
-            raise sd.UserError(
-                f"argument --contexts: {name!r} is not one of {', '.join(token_contexts())}"
-            )
-        condition, changes = token_contexts()[name]
-        if condition.asks_critic and critic is None:
-            if sd.is_url(cfg.critic) and cfg.critic != url:
-                raise sd.UserError(
-                    f"argument --critic: give {cfg.critic} again if you trust it; the API key is "
-                    "sent to no address that only a file names"
-                )
-            critic = sd.load_critic(cfg, chat)
+        condition, changes = writers[name]
         texts = condition.write(rollouts, critic, replace(cfg, **changes))
         readers[name] = [replace(r, context=text) for r, text in zip(rollouts, texts)]
         sd.prepare(chat, readers[name], cfg)
