@@ -267,12 +267,17 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
             copied.append(i)
     rows = [[name, *localise(rollouts, samples, a, places)] for name, a in found.items()]
 
-    # A wrong attempt that was corrected, and a right one that was copied whole. Problems with both
-    # outcomes come first, because GRPO learns from no others.
+    # A wrong attempt that was corrected, and a right one that was copied whole: the shortest of at
+    # least 3 steps. Problems with both outcomes come first, because GRPO learns from no others.
     grpo = sd.group_advantages(rollouts, None, replace(cfg, group_size=samples))
+
+    def rank(i: int) -> tuple:
+        steps = FORMATS[cfg.prompts].find_steps(rollouts[i].text)
+        return grpo[i] == 0, len(steps) < 3, len(rollouts[i].sample.ids)
+
     examples = []
     for candidates in (places, copied):
-        for i in sorted(candidates, key=lambda i: grpo[i] == 0)[:1]:
+        for i in sorted(candidates, key=rank)[:1]:
             shown = {}
             for name in names:
                 if name == names[0] or name in sd.CONDITIONS:
