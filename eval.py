@@ -741,6 +741,10 @@ def plot_curves(root: Path, out: Path) -> str:
 
 
 COLUMNS = 100  # characters of a line of tokens
+LEGEND = (
+    "red: the teacher raises the token's probability; blue, underlined: it lowers it; "
+    "bar: the first corrected token"
+)
 
 
 def plot_tokens(study: Path, names: list[str] | None, out: Path) -> str:
@@ -762,8 +766,9 @@ def plot_tokens(study: Path, names: list[str] | None, out: Path) -> str:
                 draw_token(plt, axis, text, x, line + y, a, t == e["edit"])
             line += y + 1
         line += 1
-    figure.set_size_inches(9, 0.2 * line)
-    axis.set(xlim=(-12, COLUMNS + 1), ylim=(line - 0.7, -0.7))
+    axis.text(0, line, LEGEND, va="center", fontsize=9)
+    figure.set_size_inches(9, 0.2 * (line + 1))
+    axis.set(xlim=(-12, COLUMNS + 1), ylim=(line + 0.7, -0.7))
     return save_figure(figure, out)
 
 
