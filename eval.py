@@ -9,8 +9,7 @@
 
 Avg@k is mean accuracy, Pass@k the share of problems solved at least once, and Maj@k the share whose
 most frequent answer is right. Intervals are 95 %: a bootstrap over problems, or Student's t over
-seeds where seeds are compared. All evaluations use one seed: the base and every run draw
-the same random numbers.
+the seeds of --reproduce. Base and runs sample with the same random numbers.
 """
 
 import argparse
@@ -48,9 +47,10 @@ def maj_at_k(group: list[sd.Rollout]) -> float:
         if r.reward:
             votes[None] += 1  # every right answer is the same vote, however it is written
         elif answer is not None:
-            number = sd.as_number(answer)
             # 1/2 and 0.5 are the same vote
-            votes[normalise(answer) if number is None else number] += 1
+            number = sd.as_number(answer)
+            vote = normalise(answer) if number is None else number
+            votes[vote] += 1
     most = max(votes.values(), default=0)
     tied = [answer for answer in votes if votes[answer] == most]
     return (None in tied) / max(1, len(tied))
@@ -65,11 +65,16 @@ def scores(groups: list) -> dict[str, np.ndarray]:
     for group in groups:
         n = len(group)
         right = sum(r.reward for r in group)
-        length = sum(len(r.sample.ids) for r in group) / n
-        truncated = sum(r.sample.truncated for r in group) / n
-        unparsable = sum(extract_answer(r.text) is None for r in group) / n
-        rows.append((right / n, right > 0, maj_at_k(group), length, truncated, unparsable))
-    return dict(zip(METRICS, np.array(rows, float).T))
+        row = {
+            "Avg": right / n,
+            "Pass": right > 0,
+            "Maj": maj_at_k(group),
+            "length": sum(len(r.sample.ids) for r in group) / n,
+            "truncated": sum(r.sample.truncated for r in group) / n,
+            "unparsable": sum(extract_answer(r.text) is None for r in group) / n,
+        }
+        rows.append(row)
+    return {name: np.array([row[name] for row in rows], float) for name in METRICS}
 
 
 def mean_scores(groups: list) -> dict[str, float]:
@@ -80,7 +85,7 @@ def estimate(top: np.ndarray, bottom: float | np.ndarray = 1.0) -> tuple[float, 
     """(Σ top / Σ bottom, and its 95 % percentile bootstrap interval); by default the mean of top.
 
     Both are (problems,) or (problems, attempts). Problems are resampled, because the attempts at
-    one problem are not independent; those without a bottom do not count.
+    one problem are not independent. A problem whose bottom is 0 is left out.
     """
     bottom = np.broadcast_to(bottom, top.shape)
     top, bottom = (values.reshape(len(values), -1).sum(1) for values in (top, bottom))
@@ -113,7 +118,8 @@ def half_width(values: np.ndarray) -> np.ndarray:
     """Half of the 95 % t interval of the mean over the first axis, the seeds."""
     n = len(values)
     if n == 1:
-        return math.nan * values[0]  # one seed says nothing about the spread
+        # one seed says nothing about the spread
+        return np.full(values.shape[1:], math.nan)
     return T_975[min(n, 10) - 2] * values.std(0, ddof=1) / math.sqrt(n)
 
 
@@ -121,7 +127,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
 
 
 def markdown(head: list[str], rows: list) -> str:
-    lines = ["| " + " | ".join(cells).lstrip() + " |" for cells in [head, *rows]]
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n".join(lines)
 
@@ -168,6 +174,8 @@ def evaluate_runs(
     folders: list[str], name: str, count: int | None, k: int | None, out: Path
 ) -> str:
     """Compare the base and the runs. Writes every attempt to eval.jsonl, the table to eval.md."""
+    if "base" in folders:
+        raise sd.UserError("a run folder named base: write ./base, for the table has a row base")
     runs = {folder: sd.load_checkpoint(Path(folder, name)) for folder in folders}
     cfg = runs[folders[0]]["config"]
     for folder, checkpoint in runs.items():
@@ -212,7 +220,7 @@ def evaluate_runs(
 
 
 def token_contexts() -> dict[str, tuple[sd.Condition, dict]]:
-    """Who writes each context of the study, with which changes to the config, by its name."""
+    """{name: (the condition that writes it, its changes to the config)} for each context."""
     contexts = {}
     for style in STYLES:
         contexts[f"critique ({style})"] = sd.CONDITIONS["critique"], {"critic_style": style}
@@ -232,8 +240,7 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
         if name not in writers:
             raise sd.UserError(f"argument --contexts: {name!r} is not one of {', '.join(writers)}")
     saved = sd.load_checkpoint(Path(folder, "checkpoint.pt"))["config"]
-    # whatever condition the run had, there is a teacher, and every token is scored
-    cfg = replace(saved, condition="critique", stop_at_first_edit=False)
+    cfg = replace(saved, condition="critique")  # so that a run of grpo has a teacher, too
     chat, critic = sd.load_solver(cfg), None
     if any(writers[name][0].asks_critic for name in names):
         if sd.is_url(cfg.critic) and cfg.critic != url:
@@ -251,21 +258,25 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
         readers[name] = [replace(r, context=text) for r, text in zip(rollouts, texts)]
         sd.prepare(chat, readers[name], cfg)
     # all contexts are measured on the same attempts: on those for which each is valid and fits
-    found = {name: {} for name in names}
-    for i, row in enumerate(sd.progress(list(zip(*readers.values())), desc="score")):
-        if all(r.teacher_prompt for r in row):
-            for name, r in zip(names, row):
-                (a,) = sd.token_advantages(chat, [r], cfg)
-                found[name][i] = a.cpu().numpy()
+    advantages = {name: {} for name in names}
+    for i in sd.progress(range(len(rollouts)), desc="score"):
+        if all(readers[name][i].teacher_prompt for name in names):
+            for name in names:
+                (a,) = sd.token_advantages(chat, [readers[name][i]], cfg)
+                advantages[name][i] = a.cpu().numpy()
 
-    complete, places, copied = found[names[0]], {}, []
+    copies = readers[names[0]]
+    complete = list(advantages[names[0]])
+    places, copied = {}, []
     for i in complete:
-        r = readers[names[0]][i]
+        r = copies[i]
         if not r.reward and sd.is_correct(r.context, r.problem.answer, cfg.grader):
             places[i] = wrong_step(chat, r, r.context, FORMATS[cfg.prompts])
         if r.reward and first_edit(chat.decode, r.sample.ids, r.context) == len(r.sample.ids):
             copied.append(i)
-    rows = [[name, *localise(rollouts, samples, a, places)] for name, a in found.items()]
+    rows = []
+    for name in names:
+        rows.append([name, *localise(rollouts, samples, advantages[name], places)])
 
     # A wrong attempt that was corrected, and a right one that was copied whole: the shortest of at
     # least 3 steps. Problems with both outcomes come first, because GRPO learns from no others.
@@ -277,11 +288,13 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
 
     examples = []
     for candidates in (places, copied):
-        for i in sorted(candidates, key=rank)[:1]:
+        if candidates:
+            i = min(candidates, key=rank)
             shown = {}
+            # of the critique's styles only the first one is shown
             for name in names:
                 if name == names[0] or name in sd.CONDITIONS:
-                    shown[name] = (readers[name][i], found[name][i])
+                    shown[name] = (readers[name][i], advantages[name][i])
             examples.append(example(chat, shown, grpo[i], places.get(i), cfg))
 
     right = sum(rollouts[i].reward for i in complete)
@@ -301,7 +314,7 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
 
 
 def wrong_step(chat: sd.Chat, r: sd.Rollout, critique: str, prompt_format) -> tuple:
-    """(start, end, edit) in tokens: the first wrong step, and where the critique departs in it.
+    """(start, end, edit) in tokens: the first wrong step, and the first token not copied from it.
 
     An attempt without steps is divided into its lines.
     """
@@ -313,14 +326,17 @@ def wrong_step(chat: sd.Chat, r: sd.Rollout, critique: str, prompt_format) -> tu
     ends = np.array([len(chat.decode(ids[: t + 1])) for t in range(len(ids))])
     place = min(ends[edit - 1], len(text) - 1) if edit else 0
     # a step goes up to where the next one starts; the answer, from the last step to the end
+    # borders, in characters: where each step starts, where the last one ends, where the text ends
     borders, position = [0], 0
     for step in prompt_format.find_steps(text) or text.splitlines():
         position = text.index(step, position)
         borders.append(position)
         position += len(step)
-    borders = np.array([*borders, position, len(text)])
-    start = (ends <= borders[borders <= place].max()).sum()
-    end = (ends <= borders[borders > place].min()).sum()
+    borders += [position, len(text)]
+    first = max(border for border in borders if border <= place)
+    last = min(border for border in borders if border > place)
+    # the number of tokens before the wrong step, and before what follows it
+    start, end = (ends <= first).sum(), (ends <= last).sum()
     return min(start, edit), max(end, edit + 1), edit
 
 
@@ -334,27 +350,33 @@ MEASURES = (
 )
 
 
-def localise(rollouts, samples: int, found: dict, places: dict) -> list[str]:
+def localise(rollouts, samples: int, advantages: dict, places: dict) -> list[str]:
     """Where one context's advantage falls: a cell for each of MEASURES.
 
-    `found` and `places` go by the attempt's index, and `samples` attempts in a row belong to one
-    problem.
+    `advantages` and `places` go by the attempt's index, and `samples` attempts in a row belong to
+    one problem.
     """
-    sums = np.zeros((len(rollouts), 8))
-    for i, a in found.items():
+    # of wrong attempts: the negative A before, on and after the first wrong step
+    blame = np.zeros((3, len(rollouts)))
+    # of right attempts
+    absolute, lowered, tokens, lowest, right = np.zeros((5, len(rollouts)))
+    for i, a in advantages.items():
         if rollouts[i].reward:
-            sums[i, 3:] = np.abs(a).sum(), (a < -0.1).sum(), len(a), a.min(), 1
+            absolute[i], lowered[i], tokens[i] = np.abs(a).sum(), (a < -0.1).sum(), len(a)
+            lowest[i], right[i] = a.min(), 1
         elif i in places:
             start, end, _ = places[i]
-            sums[i, :3] = [part.sum() for part in np.split(-np.minimum(a, 0), [start, end])]
-    # each (problems, attempts)
-    columns = sums.reshape(-1, samples, 8).transpose(2, 0, 1)
-    *wrong, absolute, lowered, tokens, lowest, attempts = columns
-    return [
-        *(bracketed(estimate(part, sum(wrong)), unit=" %") for part in wrong),
-        bracketed(estimate(absolute, tokens), 1, ".2f"),
-        bracketed(estimate(lowered, tokens), unit=" %"),
-        bracketed(estimate(lowest, attempts), 1, ".2f"),
+            negative = np.maximum(-a, 0)
+            blame[:, i] = negative[:start].sum(), negative[start:end].sum(), negative[end:].sum()
+
+    def ratio(top: np.ndarray, bottom: np.ndarray) -> tuple:
+        return estimate(top.reshape(-1, samples), bottom.reshape(-1, samples))
+
+    cells = [bracketed(ratio(part, blame.sum(0)), unit=" %") for part in blame]
+    return cells + [
+        bracketed(ratio(absolute, tokens), 1, ".2f"),
+        bracketed(ratio(lowered, tokens), unit=" %"),
+        bracketed(ratio(lowest, right), 1, ".2f"),
     ]
 
 
@@ -397,6 +419,10 @@ def likeliest_tokens(chat, r: sd.Rollout, cfg: sd.Config) -> list[str]:
 
 FULL_COLOUR = 5.0  # nats at which a colour is saturated
 UNDERLINED = -0.05  # nats below which a token is underlined, for readers who see no colours
+LEGEND = (
+    "red: the teacher raises the token's probability; blue, underlined: it lowers it; "
+    "bar: the first token that the critique changes"
+)
 
 
 def shade(a: float) -> tuple[int, int, int]:
@@ -423,10 +449,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Per-token 
 <style>{css}</style>
 <h1>What each context does to every token of the same attempt</h1>
 <p>A<sub>t</sub> = log π<sub>T</sub>(y<sub>t</sub>|x,c,y<sub>&lt;t</sub>) − log
-π<sub>θ</sub>(y<sub>t</sub>|x,y<sub>&lt;t</sub>). Red: the teacher would keep the token (A &gt; 0);
-blue, underlined: it would change it (A &lt; 0); full colour at {full:g} nats.
-A black bar marks the first token at which the critique departs from the attempt. Hover over a token
-for its value and the teacher's three likeliest tokens; over a name for its context.</p>
+π<sub>θ</sub>(y<sub>t</sub>|x,y<sub>&lt;t</sub>); {legend}. Full colour at {full:g} nats. Hover over
+a token for its value and the teacher's three likeliest tokens; over a name for its context.</p>
 {strips}<h2>Over all attempts</h2><pre>{numbers}</pre></html>
 """
 
@@ -449,7 +473,9 @@ def page(examples: list[dict], numbers: str) -> str:
                 strips += token_span(e, row, t)
             strips += "</td></tr>"
         strips += "</table>"
-    return PAGE.format(css=CSS, full=FULL_COLOUR, strips=strips, numbers=html.escape(numbers))
+    return PAGE.format(
+        css=CSS, legend=LEGEND, full=FULL_COLOUR, strips=strips, numbers=html.escape(numbers)
+    )
 
 
 def token_span(e: dict, row: dict, t: int) -> str:
@@ -468,7 +494,8 @@ def token_span(e: dict, row: dict, t: int) -> str:
 
 # ---- 4. Reproduction: each arm gets its own learning rate from the same sweep, then seeds. -------
 
-# an arm's name in the table, and its flags of sd.py; the conditions without other flags come first
+# an arm's name in the table, and its flags of sd.py; first every condition, from the last to the
+# first, so that critique is followed by its variants
 ARMS = {
     **{condition: ["--condition", condition] for condition in reversed(sd.CONDITIONS)},
     "critique, first edit": ["--condition", "critique", "--stop-at-first-edit"],
@@ -480,9 +507,9 @@ ARMS = {
 
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the preset's learning rate
 
-# the fields in which a run that is found may differ from the one that is asked for
+# a run of an earlier call is used if it differs from the requested one in these fields alone
 FREE_FIELDS = {
-    "preset", "steps", "out", "resume", "sample_batch", "micro_batch", "kl_chunk",
+    "preset", "out", "resume", "sample_batch", "micro_batch", "kl_chunk",
     "gradient_checkpointing", "save_every", "show_every", "final_problems", "export", "device",
     "threads",
 }  # fmt: skip
@@ -503,7 +530,8 @@ def reproduce(root: Path, seeds: int, flags: list[str]) -> str:
         swept = {}
         for factor in SWEEP:
             lr = cfg.lr * factor
-            swept[lr] = read_curves([train_once(root, arm, lr, 0, flags)])["avg"][0, -1]
+            _, checks = read_log(train_once(root, arm, lr, 0, flags))
+            swept[lr] = checks[-1]["validation_avg"]
         best = max(swept, key=swept.get)
         by_rate = ", ".join(f"{lr:g} → {100 * avg:.1f}" for lr, avg in swept.items())
         print(f"{arm}: validation Avg by learning rate {by_rate}", flush=True)
@@ -552,14 +580,9 @@ def train_once(root: Path, arm: str, lr: float, seed: int, flags: list[str]) -> 
                 raise sd.UserError(
                     f"{folder} was trained with another {field}; choose another --out"
                 )
-        steps = checkpoint["state"]["step"]
-        if steps > cfg.steps:
-            raise sd.UserError(f"{folder} was trained for more steps; choose another --out")
-        if steps == cfg.steps:
+        if checkpoint["state"]["step"] == cfg.steps:
             return folder
         cfg = replace(cfg, resume=True)
-    for scores_file in folder.glob("test-*.json"):
-        scores_file.unlink()  # they are of fewer steps
     print(f"training {folder}", flush=True)
     # a line for every step of every run would bury the table
     with contextlib.redirect_stdout(io.StringIO()):
@@ -571,9 +594,11 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """(steps, validations) of a log. The last line of a running job may be incomplete."""
     steps, checks = [], []
     for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()[1:]:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            (checks if "validation_avg" in entry else steps).append(entry)
+        entry = sd.read_json(line)  # None: an incomplete line
+        if entry and "validation_avg" in entry:
+            checks.append(entry)
+        elif entry:
+            steps.append(entry)
     return steps, checks
 
 
@@ -613,7 +638,10 @@ def over_seeds(values: np.ndarray, scale: int = 100) -> str:
 def results_table(title: str, checkpoint: str, base: dict, runs: dict, rates: dict, k: int) -> str:
     """Test scores of the base, and of each arm with that checkpoint."""
     metrics = ("Avg", "Pass", "Maj", "length")
-    rows = [["base", "-", *(f"{METRICS[metric] * base[metric]:.1f}" for metric in metrics)]]
+    base_row = ["base", "-"]
+    for metric in metrics:
+        base_row.append(f"{METRICS[metric] * base[metric]:.1f}")
+    rows = [base_row]
     for arm, folders in runs.items():
         rows.append([arm, rates[arm]])
         for metric in metrics:
@@ -635,8 +663,8 @@ def pairs_table(runs: dict, k: int) -> str:
 def costs_table(runs: dict, k: int) -> str:
     """What each arm samples, and its validation accuracy on the way, by steps and by tokens."""
     curves = {arm: read_curves(folders) for arm, folders in runs.items()}
-    # after about 30 % of the steps, and at the tokens that the cheapest run spends in all
-    steps = curves[next(iter(curves))]["step"][0]
+    # accuracy after about 30 % of the steps, and at half and all of the cheapest run's tokens
+    steps = next(iter(curves.values()))["step"][0]
     early = max(0, len(steps) * 3 // 10 - 1)
     budget = min(c["sampled"][:, -1].min() for c in curves.values())
     rows = []
@@ -731,9 +759,9 @@ def plot_curves(root: Path, out: Path) -> str:
         for arm in main_arms(runs):
             curves = read_curves(runs[arm])
             x, y = curves[name].mean(0), 100 * curves["avg"]
-            axis.plot(x, y.mean(0), "o-", label=arm)
-            low, high = y.mean(0) - half_width(y), y.mean(0) + half_width(y)
-            axis.fill_between(x, low, high, alpha=0.2, linewidth=0)
+            mean, half = y.mean(0), half_width(y)
+            axis.plot(x, mean, "o-", label=arm)
+            axis.fill_between(x, mean - half, mean + half, alpha=0.2, linewidth=0)
         axis.set(xlabel=label, ylim=(0, 102))
     axes[0].set_ylabel("validation accuracy, %")
     axes[0].legend()
@@ -741,16 +769,15 @@ def plot_curves(root: Path, out: Path) -> str:
 
 
 COLUMNS = 100  # characters of a line of tokens
-LEGEND = (
-    "red: the teacher raises the token's probability; blue, underlined: it lowers it; "
-    "bar: the first corrected token"
-)
 
 
 def plot_tokens(study: Path, names: list[str] | None, out: Path) -> str:
-    """Draw the examples of a token study as running text, once for each of the named contexts."""
+    """Draw the examples of a token study as running text, once for each context, or named one."""
     plt = load_pyplot()
     examples = json.loads((study / "tokens.json").read_text("utf-8"))["examples"]
+    for name in names or []:
+        if any(name not in e["rows"] for e in examples):
+            raise sd.UserError(f"argument --contexts: {study}/tokens.json has no {name!r}")
     figure = plt.figure()
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
@@ -758,13 +785,15 @@ def plot_tokens(study: Path, names: list[str] | None, out: Path) -> str:
     for e in examples:
         axis.text(0, line, textwrap.shorten(title(e), 105), va="center", fontsize=9)
         line += 1
-        for name in [name for name in e["rows"] if not names or name in names]:
+        placed = flow(e["tokens"])
+        _, _, last_line = placed[-1]
+        for name in names or e["rows"]:
             # the name ends where the tokens begin
             axis.text(-1, line, name.split(" (")[0], ha="right", va="center", fontsize=9)
-            for t, (text, x, y) in enumerate(flow(e["tokens"])):
+            for t, (text, x, y) in enumerate(placed):
                 a = e["rows"][name]["advantage"][t]
                 draw_token(plt, axis, text, x, line + y, a, t == e["edit"])
-            line += y + 1
+            line += last_line + 1
         line += 1
     axis.text(0, line, LEGEND, va="center", fontsize=9)
     figure.set_size_inches(9, 0.2 * (line + 1))
@@ -802,6 +831,8 @@ def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
 
 def filter_pool(pool: str, out: Path, below: float, samples: int, flags: list[str]) -> str:
     """Write the kept rows to `out`. Scores are saved as they are computed: run again to resume."""
+    if out.resolve() == Path(pool).resolve():
+        raise sd.UserError("argument --out: the pool would be overwritten; name another file")
     cfg = sd.parse_config([*flags, "--data", pool, "--eval-samples", str(samples)])
     chat = sd.load_solver(cfg)
     rows, dropped = sd.read_problems(cfg, chat)
@@ -821,7 +852,8 @@ def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[st
     # scores with other settings do not count
     settings = {name: getattr(cfg, name) for name in (*SHARED_FIELDS, "eval_samples")}
     avg = {}
-    for _, entry in sd.read_rows(path) if path.exists() else []:
+    path.touch()
+    for _, entry in sd.read_rows(path):
         # a line that was cut off is no dict; a problem's answer may have been corrected
         if isinstance(entry, dict) and entry["settings"] == settings:
             problem, _ = rows.get(entry["problem"], (None, None))
@@ -855,14 +887,17 @@ def score_pool(rows: dict, path: Path, chat: sd.Chat, cfg: sd.Config) -> dict[st
 def preflight(cfg: sd.Config, count: int, samples: int) -> str:
     """Without training: solver, critic and teacher on validation problems, and a verdict.
 
-    The critic is whoever writes the contexts of --condition; in grpo, the one of critique.
+    The critic is whoever writes the contexts of --condition; in grpo and reference, which have
+    none, the one of critique.
     """
     chat = sd.load_solver(cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
     if len(problems) < 2:
-        raise sd.UserError("--preflight needs at least 2 problems, for the control reads another's")
+        raise sd.UserError(
+            "--preflight needs 2 validation problems: raise --problems or --validation-problems"
+        )
     condition = sd.CONDITIONS[cfg.condition]
-    if not condition.has_teacher:
+    if not condition.has_teacher or condition.write is sd.copy_solutions:
         condition = sd.CONDITIONS["critique"]
     critic = sd.load_critic(cfg, chat) if condition.asks_critic else None
     numbered, seconds = list(enumerate(problems)), {}
@@ -899,9 +934,11 @@ def preflight(cfg: sd.Config, count: int, samples: int) -> str:
         if number:
             result = f"{100 * accuracy:.1f} %, gap {bracketed(gaps[name], form='+.1f')}"
         rows.append([f"teacher that reads {name}: right", result, str(number)])
-    groups = numbered[: max(1, count // 4)]
-    rewards = [r.reward for r in sd.attempt(chat, groups, cfg, cfg.group_size, sd.EVAL_SEED)]
-    flat = np.reshape(rewards, (len(groups), -1)).std(1) == 0
+    # a quarter of the problems, because a group has more attempts
+    few = numbered[: max(1, len(problems) // 4)]
+    rewards = [r.reward for r in sd.attempt(chat, few, cfg, cfg.group_size, sd.EVAL_SEED)]
+    rewards = np.reshape(rewards, (-1, cfg.group_size))
+    flat = rewards.min(1) == rewards.max(1)
     equal = bracketed(estimate(flat), unit=" %")
     rows.append(["grpo: groups with equal rewards", equal, str(len(flat))])
     rows += cost_rows(chat, rollouts, critiques, seconds, cfg)
@@ -929,17 +966,25 @@ def judge(rollouts: list, critiques: list, samples: int, cfg: sd.Config) -> Judg
         text = critique or ""
         has_steps = FORMATS[cfg.prompts].find_steps(r.text) != []
         copied = sd.copied_steps(r.text, text, cfg)
-        rows.append((
-            r.reward,
-            has_steps and extract_answer(r.text) is not None,
-            r.sample.truncated,
-            critique is None,
-            sd.is_correct(text, r.problem.answer, cfg.grader),
-            critique is not None and normalise(text) == normalise(r.text),
-            sum(copied),
-            len(copied),
-        ))  # fmt: skip
-    return Judged(*np.array(rows, float).reshape(-1, samples, 8).transpose(2, 0, 1))
+        rows.append(
+            Judged(
+                right=r.reward,
+                formed=has_steps and extract_answer(r.text) is not None,
+                truncated=r.sample.truncated,
+                failed=critique is None,
+                corrected=sd.is_correct(text, r.problem.answer, cfg.grader),
+                whole=critique is not None and trace(text, cfg) == trace(r.text, cfg),
+                copied=sum(copied),
+                steps=len(copied),
+            )
+        )
+    values = np.array(rows, float).reshape(-1, samples, len(Judged._fields))
+    return Judged(*values.transpose(2, 0, 1))
+
+
+def trace(text: str, cfg: sd.Config) -> str:
+    """For comparisons: without the words around the trace, which a critique never has."""
+    return normalise(FORMATS[cfg.prompts].extract_trace(text) or text)
 
 
 def teacher_gap(
@@ -989,8 +1034,9 @@ def cost_rows(chat, rollouts, critiques, seconds: dict, cfg: sd.Config) -> list:
     }
     rows = []
     for work, total in tokens.items():
-        speed = f"{seconds[work]:.1f}; {total / n:.0f}; {total / max(seconds[work], 1e-3):.0f}"
-        rows.append([f"{work}: seconds; tokens each; tokens a second", speed, str(n)])
+        speed = total / max(seconds[work], 1e-3)
+        rows.append([f"{work}: tokens each", f"{total / n:.0f}", str(n)])
+        rows.append([f"{work}: tokens a second", f"{speed:.0f}", str(n)])
     return rows + [
         ["update: seconds an attempt", f"{each:.2f}", str(len(part))],
         ["a step of critique, estimated", f"{step:.0f} s", ""],
@@ -1047,9 +1093,10 @@ def gap_verdict(gap: tuple) -> str:
 
 def positive(text: str) -> int:
     """The type of an option that must be at least 1."""
-    if int(text) < 1:
+    number = int(text)
+    if number < 1:
         raise ValueError
-    return int(text)
+    return number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1103,7 +1150,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--below", type=float, default=0.3125,
         help="--filter: keep problems solved in a smaller share of attempts [5/16, the paper's]",
     )  # fmt: skip
-    add("--out", help="folder or file [the runs' parent; runs/reproduce; hard.jsonl; see --plot]")
+    add(
+        "--out",
+        help="where to write: a folder [the runs' parent; --reproduce runs/reproduce] or a file "
+        "[--filter hard.jsonl; --plot: see there]",
+    )
     return parser
 
 
@@ -1111,35 +1162,41 @@ def run_command(argv: list[str] | None) -> str:
     """What the command prints in the end."""
     args, unknown = build_parser().parse_known_args(argv)
     if args.preflight:
-        # all flags but these are sd.py's, --critic as well, and stay in their order
-        parser = sd.Parser(allow_abbrev=False)
-        parser.add_argument("--preflight", action="store_true")
-        parser.add_argument("--problems", type=positive, default=32)
-        parser.add_argument("--samples", type=positive, default=2)
-        args, flags = parser.parse_known_args(argv)
-        cfg = sd.parse_config([flag for flag in flags if flag != "--"])
-        return preflight(cfg, args.problems, args.samples)
+        return run_preflight(argv)
     if unknown:
         raise sd.UserError(f"unknown argument {unknown[0]}; see --help")
-    names = args.contexts.split(",") if args.contexts else list(token_contexts())
-    count, k, out = args.problems, args.samples, args.out and Path(args.out)
+    names = args.contexts.split(",") if args.contexts else None
+    out = Path(args.out) if args.out else None
+    count, k = args.problems, args.samples
     if args.reproduce:
         return reproduce(out or Path("runs/reproduce"), args.seeds, args.runs)
     if args.filter:
         return filter_pool(args.filter, out or Path("hard.jsonl"), args.below, k or 16, args.runs)
     if args.plot and args.tokens:
-        return plot_tokens(Path(args.tokens), args.contexts and names, out or Path("advantage.png"))
+        return plot_tokens(Path(args.tokens), names, out or Path("advantage.png"))
     if args.plot and args.runs:
         return plot_runs(args.runs, out or Path("plot.png"))
     if args.plot:
         return plot_curves(Path("runs/reproduce"), out or Path("assets/curves.svg"))
     if args.tokens:
+        names = names or list(token_contexts())
         return study_tokens(args.tokens, count or 50, k or 4, args.critic, names)
     if args.runs:
         return evaluate_runs(args.runs, args.checkpoint, count, k, out or Path(args.runs[0]).parent)
     raise sd.UserError(
         "name run folders, or --tokens, --reproduce, --plot, --preflight, --filter; see --help"
     )
+
+
+def run_preflight(argv: list[str] | None) -> str:
+    """All flags but these three are sd.py's, --critic as well."""
+    parser = sd.Parser(allow_abbrev=False)
+    parser.add_argument("--preflight", action="store_true")
+    parser.add_argument("--problems", type=positive, default=32)
+    parser.add_argument("--samples", type=positive, default=2)
+    args, flags = parser.parse_known_args(argv)
+    cfg = sd.parse_config([flag for flag in flags if flag != "--"])
+    return preflight(cfg, args.problems, args.samples)
 
 
 def guarded(program: str, job: Callable[[], str]) -> int:
@@ -1154,7 +1211,7 @@ def guarded(program: str, job: Callable[[], str]) -> int:
     except sd.UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; run again to resume --reproduce or --filter"
+        code, message = 130, "stopped; repeat the command: training and --filter go on from here"
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         code, message = 1, str(error)[:300]
     print(f"{program}: {sd.printable(message)}", file=sys.stderr)

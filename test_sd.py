@@ -2125,12 +2125,27 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
     when it was made."""
     monkeypatch.setattr(sd, "load_critic", lambda *_: ScriptedCritic())
     monkeypatch.setattr(evaluation, "SWEEP", (1.0,))
-    train = sd.train
+    train, take_step = sd.train, sd.take_step
     table, passed = (tmp_path / "r/table.md", dict(model=folder, data=folder / "problems.jsonl"))
     passed |= dict(preset="toy", steps=2, test_problems=5, validation_problems=4, eval_samples=2)
-    passed |= dict(lora_rank=4, attempts_per_step=4, group_size=2, max_new_tokens=12)
+    passed |= dict(lora_rank=4, attempts_per_step=4, group_size=2, max_new_tokens=12, save_every=1)
     own = ["--reproduce", "--seeds", "2", "--out", str(tmp_path / "r"), "--"]
+
+    def killed(run):
+        if (run.cfg.condition, run.cfg.seed, run.step) == ("reference", 1, 1):
+            raise RuntimeError("killed")
+        return take_step(run)
+
+    monkeypatch.setattr(sd, "take_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluation.main(own + as_flags(passed))
+    monkeypatch.setattr(sd, "take_step", take_step)
+    trained = []
+    monkeypatch.setattr(sd, "train", lambda cfg: trained.append(cfg) or train(cfg))
     assert evaluation.main(own + as_flags(passed)) == 0
+    unfinished = trained[0]
+    assert (unfinished.condition, unfinished.seed, unfinished.resume) == ("reference", 1, True)
+    assert not any(cfg.resume or cfg.condition == "grpo" for cfg in trained[1:])
     first = table.read_text()
     for arm in evaluation.ARMS:
         assert f"| {arm} |" in first
@@ -2142,15 +2157,6 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
     capsys.readouterr()
     assert evaluation.main(own + as_flags(passed | {"temperature": 0.5})) == 2
     assert "another temperature" in error_of(capsys)
-    # more steps: every run goes on, and is evaluated anew
-    resumed = []
-    monkeypatch.setattr(sd, "train", lambda cfg: resumed.append(cfg.resume) or train(cfg))
-    monkeypatch.setattr(evaluation, "ARMS", {"reference": ["--condition", "reference"]})
-    kept = list((tmp_path / "r").glob("reference-*/test-*.json"))
-    before = [path.stat().st_mtime_ns for path in kept]
-    assert evaluation.main(own + as_flags(passed | {"steps": 3})) == 0
-    assert resumed == [True, True]
-    assert kept and all(path.stat().st_mtime_ns > old for path, old in zip(kept, before))
 
 
 def test_filter_keeps_what_is_seldom_solved_and_resumes(tmp_path, folder, monkeypatch, capsys):
@@ -2185,6 +2191,8 @@ def test_filter_keeps_what_is_seldom_solved_and_resumes(tmp_path, folder, monkey
         passed = ["--preset", "toy", "--model", str(folder), "--temperature", temperature]
         assert evaluation.main([*own, "--", *passed]) == 0
         assert asked == again
+    # the pool is not overwritten with a part of itself
+    assert evaluation.main(["--filter", str(pool), "--out", f"{tmp_path}/./pool.jsonl"]) == 2
 
 
 PREFLIGHT = ["--preflight", "--preset", "toy", "--problems", "16"]
@@ -2216,6 +2224,23 @@ def test_preflight_judges_the_condition_that_it_is_given(monkeypatch, capsys):
     assert "| teacher that reads its critique: right | - | 0 |" in printed
 
 
+# prompts, and an attempt with words before or behind its trace
+WITH_WORDS = [
+    ("steps", "I add them.\n<step_1>2 + 3 = 5</step_1>\n<answer>5</answer>"),
+    ("plain", "2 + 3 = 5.\n\nSo it is \\boxed{5}.\n\nI hope this helps!"),
+]
+
+
+@pytest.mark.parametrize("prompts, text", WITH_WORDS)
+def test_a_critique_is_a_copy_whatever_words_stand_around_the_trace(prompts, text):
+    """Fails if a critic that copies all is said not to, as a critique has no words around it."""
+    trace = critic_prompts.FORMATS[prompts].extract_trace(text)
+    assert trace not in (None, text)
+    for critique, whole in ((trace, 1), (trace.replace("5", "6"), 0), (None, 0)):
+        judged = evaluation.judge([answered(text, 1.0)], [critique], 1, config(prompts=prompts))
+        assert judged.whole.item() == whole
+
+
 def copying_critic(conversations: list[list[dict]]) -> list[sd.Reply]:
     """Gives back the attempt, which stands between the bars of the toy's request."""
     attempts = [messages[0]["content"].split("|")[1] for messages in conversations]
@@ -2230,16 +2255,18 @@ BAD_CRITICS = [
 ]
 
 
+@pytest.mark.parametrize("condition", sd.CONDITIONS)
 @pytest.mark.parametrize("critic, verdict", BAD_CRITICS)
-def test_preflight_advises_against_a_bad_critic(monkeypatch, capsys, critic, verdict):
-    """Fails if a useless critic passes, another reason is given, or --critic is not sd.py's."""
+def test_preflight_advises_against_a_bad_critic(monkeypatch, capsys, condition, critic, verdict):
+    """Fails if a useless critic passes, another reason is given, or --critic is not sd.py's; or if
+    with a condition that asks no critic the solutions are judged as critiques."""
 
     def load_critic(cfg, chat):
         assert cfg.critic == "bad"
         return critic
 
     monkeypatch.setattr(sd, "load_critic", load_critic)
-    assert evaluation.main([*PREFLIGHT, "--critic", "bad"]) == 0
+    assert evaluation.main([*PREFLIGHT, "--critic", "bad", "--condition", condition]) == 0
     (line,) = re.findall(r"^critique: .*$", capsys.readouterr().out, re.MULTILINE)
     assert verdict in line and "use a stronger one" in line
 
@@ -2307,6 +2334,8 @@ SCRIPTED = [
     # no equation: the number from nowhere, then the answer, in its whole sentence
     ("plain", "1. There are 3 pens.\n2. See step 9. ", "They cost 17 dollars: \\boxed{5}"),
     ("plain", "Pens cost 3 * 2 = 6. ", "That makes \\boxed{6}."),
+    ("steps", "<step_1>3 * 2 = 6</step_1>\n", "<answer>6</answer>"),
+    ("plain", "3 * 2 = 6. The bill:\n6.00 dollars and 5. ", "So 12 dollars: \\boxed{12}"),
     # a right equation may be stated again, and the end of a longer sum is no equation
     ("plain", "3 * 2 = 6. With these 3 * 2 = 6 ", "6 + 5 = 12 is right: \\boxed{12}"),
     ("plain", "3 * 2 = 6. ", "All in all 6 + 2 + 5 = 13: \\boxed{13}"),
@@ -2329,8 +2358,8 @@ def test_the_scripted_critic_corrects_from_the_first_wrong_equation(svamp, promp
 
 def test_the_scripted_critic_leaves_alone_what_it_cannot_correct(svamp):
     """Fails if a right attempt is changed, if a finished one without an answer gets none, if one
-    that was cut off before any error is called wrong, or if the copy holds a wrong answer or half
-    of a block of code."""
+    that was cut off before any error is called wrong, or if the copy holds a wrong answer, in words
+    or boxed, or half of a block of code."""
     right = replace(answered("I see 5 * 5 = 9. \\boxed{11}", 1.0), problem=SHOP)
     assert svamp.correct(right, config()) == right.text
     unfinished = replace(answered("3 * 2 = 6, 6 + 5 = 11.", 0.0), problem=SHOP)
@@ -2339,6 +2368,7 @@ def test_the_scripted_critic_leaves_alone_what_it_cannot_correct(svamp):
     cut = replace(unfinished, sample=unfinished.sample._replace(truncated=True))
     assert svamp.correct(cut, config(prompts="plain")) is None
     for text in (
+        "The total is 5.",
         "It is \\boxed{30}: 6 * 5 = 30.",
         "```python\nprint(6 * 5)\n```\n```output\n6 * 5 = 30",
     ):
@@ -2493,8 +2523,8 @@ def test_what_the_study_sees_before_training(critic_study):
     """Fails if blame or log-ratio are read at the wrong token, or a sign is wrong."""
     critic_study.add_rows()
     cfg = sd.parse_config(["--preset", "toy"])
-    looks = critic_study.look_at_all(["critique", "wrong value 100"], cfg)
-    true, spoilt = looks["critique"], looks["wrong value 100"]
+    measured = critic_study.measure_arms(["critique", "wrong value 100"], cfg)
+    true, spoilt = measured["critique"], measured["wrong value 100"]
     # the true critique puts nearly all blame on the first wrong step, and wants the right value
     assert true[critic_study.BLAME][0] > 80 and true[critic_study.RIGHT][0] == 100
     assert true["log-ratio of the right value"][0] > 0.5 > 0 > true["A of the first wrong value"][0]

@@ -61,7 +61,9 @@ def first_wrong_step(r: sd.Rollout) -> int:
 def wording(r: sd.Rollout, text: str) -> list[make.Phrasing]:
     phrasings = []
     for step, (_, digit) in zip(find_steps(text), make.operations(r.problem.question)):
-        phrasings.append(make.Phrasing(step[0], swapped=step[1] == digit != step[3]))
+        first, second = step[1], step[3]
+        swapped = first == digit and second != digit
+        phrasings.append(make.Phrasing(step[0], swapped))
     return phrasings
 
 
@@ -145,26 +147,29 @@ KINDS = {
 
 
 def spoilt_writer(kind: Kind, share: int) -> Callable:
-    """A writer of contexts, or of advantages, that spoils this share of them.
+    """A `write` for a Condition: it spoils this share of the contexts, or flips rewards.
 
     The random numbers follow from seed, place and problem: a run that was stopped goes on alike,
     and a problem that is spoilt at one share is spoilt at every larger one.
     """
 
     def write(rollouts: list[sd.Rollout], critic, cfg: sd.Config) -> list:
-        spoilt = {}
+        picks = {}
         for i, r in enumerate(rollouts):
             rng = random.Random(f"{cfg.seed} {i} {r.problem.question}")
             if 100 * rng.random() < share and len(find_steps(r.text)) == LENGTH:
-                spoilt[i] = pick_first if kind.fixed else rng.choice
+                picks[i] = pick_first if kind.fixed else rng.choice
         if not kind.errors:
             rollouts = list(rollouts)
-            for i in spoilt:
+            for i in picks:
                 rollouts[i] = replace(rollouts[i], reward=1 - rollouts[i].reward)
         values = sd.CONDITIONS[kind.base].write(rollouts, critic, cfg)
-        for i, pick in spoilt.items():
+        for i, pick in picks.items():
             for error in kind.errors:
-                values[i] = error(rollouts[i], pick) or values[i]
+                context = error(rollouts[i], pick)
+                if context is not None:
+                    values[i] = context
+                    break
         return values
 
     return write
@@ -219,12 +224,13 @@ def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, tuple]:
     row = dict.fromkeys(MEASURES, (0, 0))
     row[RIGHT] = 100 * sd.is_correct(r.context, r.problem.answer, cfg.grader), 1
     blame = -a.clamp(max=0)
-    # the slice is empty in a right attempt
-    row[BLAME] = 100 * blame[: STEP * LENGTH][STEP * place : STEP * (place + 1)].sum(), blame.sum()
+    wrong_step = slice(STEP * place, STEP * (place + 1))
+    on_step = blame[wrong_step].sum() if place < LENGTH else 0.0
+    row[BLAME] = 100 * on_step, blame.sum()
     if place == LENGTH:
         row[PRAISE] = a[values].sum(), 1
         return row
-    step = a[STEP * place : STEP * (place + 1)]
+    step = a[wrong_step]
     digits = chat.tokenizer.convert_tokens_to_ids(list("0123456789"))
     ratios = log_ratio[values, digits][place]  # (10,)
     right = ratios[language.values(r.problem.question)[place]]
@@ -235,7 +241,9 @@ def measure(chat: sd.Chat, r: sd.Rollout, cfg: sd.Config) -> dict[str, tuple]:
     return row
 
 
-def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dict[str, tuple]:
+def measure_arm(
+    arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config
+) -> dict[str, tuple]:
     """The numbers of an arm, each with its bootstrap interval over problems."""
     contexts = sd.CONDITIONS[arm].write(rollouts, critic, cfg)
     _, _, gap = evaluation.teacher_gap(chat, rollouts, contexts, 1, cfg)
@@ -248,18 +256,18 @@ def look(arm: str, chat: sd.Chat, rollouts: list, critic, cfg: sd.Config) -> dic
     return numbers
 
 
-def look_at_all(arms: list[str], cfg: sd.Config) -> dict[str, dict]:
-    """Of each arm that has a teacher."""
+def measure_arms(arms: list[str], cfg: sd.Config) -> dict[str, dict]:
+    """{arm: {measure: its estimate}}, for every arm that has a teacher."""
     chat = sd.load_solver(cfg)
     critic = sd.load_critic(cfg, chat)
     problems = list(enumerate(sd.load_problems(cfg, chat).train[:PROBLEMS]))
     attempts = sd.attempt(chat, problems, cfg, seed=sd.EVAL_SEED)
     rollouts = [r for r in attempts if len(find_steps(r.text)) == LENGTH]
-    looks = {}
+    measured = {}
     for arm in sd.progress(arms, desc="before training"):
         if sd.CONDITIONS[arm].has_teacher:
-            looks[arm] = look(arm, chat, rollouts, critic, cfg)
-    return looks
+            measured[arm] = measure_arm(arm, chat, rollouts, critic, cfg)
+    return measured
 
 
 # ---- 4. Training, tables, figure. ----------------------------------------------------------------
@@ -289,9 +297,9 @@ def shares_table(title: str, values: dict[str, np.ndarray]) -> str:
     return evaluation.markdown([title, *shares], rows)
 
 
-def looks_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
+def measures_table(measured: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
     rows = []
-    for arm, numbers in looks.items():
+    for arm, numbers in measured.items():
         texts = []
         for number in numbers.values():
             texts.append(evaluation.bracketed(number, 1, ".2f"))
@@ -300,18 +308,18 @@ def looks_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """Ties share a rank."""
+    """Twice the rank, less one; ties share the mean of theirs. A correlation is the same."""
     return (x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1)
 
 
-def correlations_table(looks: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
+def correlations_table(measured: dict[str, dict], gains: dict[str, np.ndarray]) -> str:
     """Over arms, for each seed; then the mean over seeds."""
-    ys = np.array([gains[arm] for arm in looks]).T
+    ys = np.array([gains[arm] for arm in measured]).T
     rows = []
-    for name in looks["critique"]:
-        x = np.array([numbers[name][0] for numbers in looks.values()])
+    for name in measured["critique"]:
+        x = np.array([numbers[name][0] for numbers in measured.values()])
         rows.append([name])
-        for form in (ranks, np.array):
+        for form in (ranks, np.array):  # Spearman's, and Pearson's as they are
             r = [np.corrcoef(form(x), form(y))[0, 1] for y in ys]
             rows[-1].append(f"{np.mean(r):.2f} ± {evaluation.half_width(np.array(r)):.2f}")
     return evaluation.markdown(["gain against", "Spearman", "Pearson"], rows)
@@ -327,7 +335,7 @@ LINES = {
 }
 
 
-def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
+def draw_figure(plt, measured: dict[str, dict], gains: dict[str, np.ndarray]):
     """Gain against the share of errors, and against four numbers measured before training."""
     figure, axes = plt.subplot_mosaic(
         [["shares", RIGHT, BLAME], ["shares", GAP, PRAISE]],
@@ -341,8 +349,9 @@ def draw_figure(plt, looks: dict[str, dict], gains: dict[str, np.ndarray]):
     for name in (RIGHT, BLAME, GAP, PRAISE):
         axes[name].set_xlabel(name)
         for base, style in {"critique": "oC2", "reference": "DC3"}.items():
-            arms = [arm for arm in looks if arm.startswith("reference") == (base == "reference")]
-            x = [looks[arm][name][0] for arm in arms]
+            is_reference = base == "reference"
+            arms = [arm for arm in measured if arm.startswith("reference") == is_reference]
+            x = [measured[arm][name][0] for arm in arms]
             ys = [gains[arm] for arm in arms]
             draw_points(axes[name], x, ys, fmt=style, label=f"every arm of {base}")
     axes[RIGHT].legend(fontsize=8, loc=(0.4, 0.2))
@@ -365,7 +374,7 @@ def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
     cfg = sd.parse_config(flags)
     arms = add_rows()
     avg = train_all(arms, root, seeds, flags)
-    looks = look_at_all(arms, cfg)
+    measured = measure_arms(arms, cfg)
     groups = evaluation.attempt_test(cfg)
     base = evaluation.mean_scores(groups)["Avg"]
     gains = {arm: values - base for arm, values in avg.items()}
@@ -385,12 +394,12 @@ def study(root: Path, assets: Path, seeds: int, flags: list[str]) -> str:
         shares_table("change against 0 %, paired by seed", changes),
         f"before training, the well-formed of {PROBLEMS} attempts; 95 % bootstrap intervals over "
         "problems; nats",
-        looks_table(looks, gains),
-        correlations_table(looks, gains),
+        measures_table(measured, gains),
+        correlations_table(measured, gains),
     ]) + "\n"  # fmt: skip
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "critic_study.md").write_text(text, "utf-8")
-    evaluation.save_figure(draw_figure(plt, looks, gains), assets / "critic_study.svg")
+    evaluation.save_figure(draw_figure(plt, measured, gains), assets / "critic_study.svg")
     return text
 
 

@@ -1,15 +1,16 @@
 """A critic that is a program, for word problems whose solution is a list of equations (SVAMP).
 
 It copies an attempt word for word up to the first equation that contradicts the solution, writes
-the right equation in its place, and finishes. If no equation does, the error is taken to be at the
-first number found in neither question nor solution, else at the answer. This shows what a faithful
-critic does to a language model, whatever language models of the same size can do as critics. It is
-also an example of a fork: two more rows in the table of conditions, and nothing else changes.
+the right equation in its place, and finishes. If no equation does, the error is taken to be the
+sentence with the first number found in neither question nor solution, else the one with the answer.
+This separates two questions: what a faithful critique teaches a language model, and whether a model
+of its size can write one. It is also an example of a fork: two more rows in the table of
+conditions, and nothing else changes.
 
 An equation contradicts the solution if it is not one of the solution's, so a right attempt at
 another route to the answer is left alone, and a wrong one is corrected where it leaves that route.
 
-  python assets/real/svamp.py sd.py --condition scripted --model FOLDER --data svamp.jsonl …
+  python assets/real/svamp.py sd.py --condition scripted --prompts plain --model FOLDER …
   python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled
 
 scripted   the program's critique of the attempt
@@ -36,7 +37,7 @@ EQUATION = re.compile(
 INSIDE = re.compile(OPERATOR + r"\s*\\?[$€]?\s*$")
 SIGNS = {"−": "-", "–": "-", "×": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/"}
 # numbers that count steps: "2." at the start of a line, "step 2"
-COUNTER = re.compile(r"^\W*\d+[.:)]|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
+COUNTER = re.compile(r"^\W*\d+[.:)](?!\d)|\bstep[ _]\d+", re.MULTILINE | re.IGNORECASE)
 
 
 def as_float(text: str) -> float:
@@ -87,9 +88,11 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
         return r.text
     wrong = find_first_error(r)
     if wrong is None:
-        # finished, but without an answer
-        end = ending(r.text, r.problem.answer, cfg)
-        return None if r.sample.truncated else r.text.rstrip() + end
+        # only an attempt that holds all equations lacks nothing but the answer
+        complete = read_equations(r.problem.solution) <= read_equations(r.text)
+        if r.sample.truncated or not complete:
+            return None
+        return r.text.rstrip() + ending(r.text, r.problem.answer, cfg)
     copied, lines = r.text[:wrong], r.problem.solution.split("\n")
     if sd.extract_answer(copied) is not None or copied.count("```") % 2:
         return None
@@ -107,9 +110,9 @@ def find_first_error(r: sd.Rollout) -> int | None:
             return match.start(1)
     # no equation is wrong: the sentence with an unknown number, else the one with the answer
     wrong = find_unknown_number(r)
-    if wrong is None and "\\boxed" in r.text:
-        wrong = r.text.rindex("\\boxed")
-    return None if wrong is None else start_of_sentence(r.text, wrong)
+    if wrong is None:
+        wrong = max(r.text.rfind("\\boxed"), r.text.rfind("<answer>"))
+    return None if wrong < 0 else start_of_sentence(r.text, wrong)
 
 
 def start_of_sentence(text: str, position: int) -> int:
