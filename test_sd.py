@@ -2308,6 +2308,47 @@ def test_plot_draws_runs_that_are_short_or_still_writing(tmp_path, folder):
     plt.close("all")
 
 
+def test_plot_draws_the_examples_of_a_token_study(tmp_path, capsys):
+    """Fails if a token is missing, or a context that is not in the study gives an empty figure."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    study = HERE / "assets/real"
+    command = ["--plot", "--tokens", str(study), "--out", str(tmp_path / "tokens.png")]
+    assert evaluation.main([*command, "--contexts", "reference"]) == 0
+    texts = [text.get_text() for text in plt.gcf().axes[0].texts]
+    examples = json.loads((study / "tokens.json").read_text())["examples"]
+    tokens = [token for e in examples for token in e["tokens"]]
+    # for each example its problem and the context's name, and one legend
+    assert len(texts) == len(tokens) + 2 * len(examples) + 1
+    assert texts.count("reference") == len(examples) and "scripted" not in texts
+    assert evaluation.main([*command, "--contexts", "reference,nobody"]) == 2
+    assert "no 'nobody'" in error_of(capsys)
+    plt.close("all")
+
+
+def test_plot_draws_the_curves_of_the_reproduction(tmp_path):
+    """Fails if accuracy is drawn against the wrong step, or against one step's tokens."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    runs = {}
+    for arm in ("grpo", "reference", "other"):
+        runs[arm] = [str(tmp_path / f"{arm}{seed}") for seed in range(2)]
+        for run, folder in enumerate(runs[arm]):
+            lines = [{"config": {}}]
+            for step in (1, 2):
+                lines.append({"step": step, "solver_tokens": 100, "critic_tokens": 20})
+                lines.append({"step": step, "validation_avg": (step + run) / 4})
+            Path(folder).mkdir()
+            Path(folder, "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "table.json").write_text(json.dumps({"runs": runs}))
+    evaluation.plot_curves(tmp_path, tmp_path / "curves.svg")
+    by_step, by_tokens = plt.gcf().axes
+    for axis, x in ((by_step, [1, 2]), (by_tokens, [120, 240])):
+        assert [line.get_label() for line in axis.lines] == ["reference", "grpo"]
+        for line in axis.lines:
+            assert line.get_xdata().tolist() == x
+            assert line.get_ydata().tolist() == [37.5, 62.5]
+    plt.close("all")
+
+
 # ---- A fork: assets/real/svamp.py. ---------------------------------------------------------------
 
 
