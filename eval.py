@@ -278,13 +278,17 @@ def study_tokens(folder: str, count: int, samples: int, url: str | None, names: 
     for name in names:
         rows.append([name, *localise(rollouts, samples, advantages[name], places)])
 
-    # A wrong attempt that was corrected, and a right one that was copied whole: the shortest of at
-    # least 3 steps. Problems with both outcomes come first, because GRPO learns from no others.
+    # A wrong attempt that was corrected, and a right one that was copied whole: the shortest one of
+    # at least 3 steps, the first of which is right. Problems with both outcomes come first, because
+    # GRPO learns from no others.
     grpo = sd.group_advantages(rollouts, None, replace(cfg, group_size=samples))
+    find_steps = FORMATS[cfg.prompts].find_steps
 
     def rank(i: int) -> tuple:
-        steps = FORMATS[cfg.prompts].find_steps(rollouts[i].text)
-        return grpo[i] == 0, len(steps) < 3, len(rollouts[i].sample.ids)
+        wanted = max(3, len(find_steps(copies[i].context)))
+        complete = len(find_steps(rollouts[i].text)) >= wanted
+        starts_wrong = i in places and places[i][0] == 0
+        return grpo[i] == 0, starts_wrong or not complete, len(rollouts[i].sample.ids)
 
     examples = []
     for candidates in (places, copied):
