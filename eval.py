@@ -817,7 +817,7 @@ def draw_token(plt, axis, text: str, x: int, y: int, a: float, is_edit: bool) ->
 
 
 def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
-    """(text, column, line) of each token, wrapped; a line end is shown and breaks the line."""
+    """(text, column, line) of each token, wrapped; line ends are marks, to save space."""
     placed, x, y = [], 0, 0
     for token in tokens:
         text = token.replace("\n\n", "\n").replace("\n", "⏎")
@@ -825,8 +825,6 @@ def flow(tokens: list[str]) -> list[tuple[str, int, int]]:
             x, y = 0, y + 1
         placed.append((text, x, y))
         x += len(text)
-        if token.endswith("\n"):
-            x, y = 0, y + 1
     return placed
 
 
