@@ -230,12 +230,15 @@ def token_contexts() -> dict[str, tuple[sd.Condition, dict]]:
     return contexts
 
 
-def study_tokens(folder: str, count: int, samples: int, url: str | None, names: list[str]) -> str:
-    """The table of the named contexts. Writes tokens.md, tokens.json and tokens.html.
+def study_tokens(
+    folder: str, count: int, samples: int, url: str | None, names: list[str] | None
+) -> str:
+    """The table of the named contexts, or of all. Writes tokens.md, tokens.json and tokens.html.
 
     The first context must be a copy of the attempt: it says where the first wrong step is.
     """
     writers = token_contexts()
+    names = names or list(writers)
     for name in names:
         if name not in writers:
             raise sd.UserError(f"argument --contexts: {name!r} is not one of {', '.join(writers)}")
@@ -1181,7 +1184,6 @@ def run_command(argv: list[str] | None) -> str:
     if args.plot:
         return plot_curves(Path("runs/reproduce"), out or Path("assets/curves.svg"))
     if args.tokens:
-        names = names or list(token_contexts())
         return study_tokens(args.tokens, count or 50, k or 4, args.critic, names)
     if args.runs:
         return evaluate_runs(args.runs, args.checkpoint, count, k, out or Path(args.runs[0]).parent)

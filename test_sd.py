@@ -2024,6 +2024,17 @@ def test_eval_compares_runs_with_their_base_and_repeats(tmp_path, folder, capsys
     assert len(attempts["base"]) == 5 * 3
 
 
+def test_a_run_cannot_take_the_place_of_the_base(tmp_path, folder, monkeypatch, capsys):
+    """Fails if a run folder that is called base is evaluated under the name of the base."""
+    assert run_in(tmp_path, folder, "--condition", "reference", "--steps", "1") == 0
+    (tmp_path / "run").rename(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main(["base", "--samples", "1"]) == 2
+    assert "write ./base" in error_of(capsys)
+    assert evaluation.main(["./base", "--samples", "1"]) == 0
+    assert "./base − base" in capsys.readouterr().out
+
+
 def toy_rollout(toy, text: str, reward=0.0) -> sd.Rollout:
     ids = toy.tokenizer(text)["input_ids"] + [0]
     return replace(answered(text, reward), sample=sd.Sample(ids, False, 0.0))
@@ -2153,8 +2164,8 @@ def test_reproduce_trains_every_arm_and_goes_on_where_it_stopped(
 
 
 def test_filter_keeps_what_is_seldom_solved_and_resumes(tmp_path, folder, monkeypatch, capsys):
-    """Fails if never-solved or often-solved problems are kept, a row is changed, or a second call
-    samples again."""
+    """Fails if never-solved or often-solved problems are kept, a row is changed, a second call
+    samples again, or the pool itself can be overwritten."""
     rows = [{"problem": f"{i}+1", "solution": "s", "answer": "1", "extra": i} for i in range(5)]
     solved, asked = [0, 1, 1, 2, 4], []
 
