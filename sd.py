@@ -312,11 +312,16 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if self.enabled:
-            # cast for speed; over micro-batches the gradients are accumulated in float32
-            y = y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return y
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        # The matmul adds the delta while it still sums in float32. Added afterwards, to a bfloat16
+        # output that is rounded already, a delta below half a step of that grid would be lost.
+        rows = x.flatten(0, -2)
+        delta = rows @ self.A.to(x.dtype).T @ (self.scale * self.B).to(x.dtype).T
+        y = torch.addmm(delta, rows, self.weight.T)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
 
 
 def add_adapters(model: nn.Module, cfg: Config) -> None:

@@ -14,7 +14,8 @@ another route to the answer is left alone, and a wrong one is corrected where it
   python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled
 
 scripted   the program's critique of the attempt
-shuffled   the program's critique of another problem's attempt: the control
+shuffled   the program's critique of another problem's attempt: a control
+copy       the attempt itself, with nothing corrected: the other control
 """
 
 import re
@@ -156,6 +157,12 @@ def write_shuffled(rollouts, critic, cfg: sd.Config) -> list[str | None]:
     return shuffled
 
 
+def write_copies(rollouts, critic, cfg: sd.Config) -> list[str | None]:
+    """The attempt itself, if it has an answer: a critique must have one, too."""
+    return [r.text if sd.extract_answer(r.text) else None for r in rollouts]
+
+
+sd.CONDITIONS["copy"] = sd.Condition(write_copies, asks_critic=False)
 sd.CONDITIONS["scripted"] = sd.Condition(write_scripted, asks_critic=False)
 sd.CONDITIONS["shuffled"] = sd.Condition(write_shuffled, asks_critic=False)
 
