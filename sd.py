@@ -2,11 +2,20 @@
 
 A solver attempts a problem. A frozen critic answers with the solver's own trace: the correct steps
 copied word for word, the first wrong step corrected, and the rest finished from there. The teacher
-is the same network with this critique in its prompt. The solver learns to match the teacher's token
-distribution on its own attempt. If you know GRPO, this is what differs:
+is the same network as it was before training, with this critique in its prompt. The solver learns
+to match the teacher's token distribution on its own attempt, so the help stays when the critique is
+gone.
 
-  1. One attempt per problem. There is no group baseline, so each attempt of a step is at a
-     different problem.
+  problem    Tom buys 3 pens at $2 each and a book at $5. What does he pay?
+  attempt    The pens cost 3 * 2 = 6 dollars. With the book that is 6 + 5 = 12 dollars.
+  critique   The pens cost 3 * 2 = 6 dollars. With the book that is 6 + 5 = 11 dollars.
+  teacher    It reads the problem and the critique, and gives a distribution at every token of the
+             attempt. It agrees with all of them, apart from "12", where it expects "11".
+  update     The student's probability of "12" falls and that of "11" rises.
+
+If you know GRPO, this is what differs:
+
+  1. One attempt per problem, without a group baseline.
   2. Credit is a distribution at every token, not one number per rollout, so it can fall on a single
      token.
   3. Credit comes from the network's own initial weights (LoRA adapter off), with a context c in the
@@ -29,57 +38,56 @@ tokens of short attempts. No gradient flows through the sampling: y is held fixe
 
 Start reading at `take_step`. It calls, in this order:
 
-  attempt           y ~ π_θ(·|x): sample the rollouts
-  write_contexts    c: ask the critic, or copy the solution; for GRPO, the advantages of eq (3)
-  prepare           the teacher's prompt, with c inside
-  update            both forward passes, the loss and its gradient, one step of AdamW
+  attempt               y ~ π_θ(·|x): sample the rollouts
+  CONTEXTS              c: the critic's critique, or the data set's solution
+  add_teacher_prompts   the teacher's prompt, with c inside
+  update                both forward passes, the loss and its gradient, one step of AdamW
 
 Shapes: B prompts of a batch, G rollouts of a group, T tokens of a response, N scored tokens of a
-micro-batch, H hidden width, V vocabulary. The prompts are in critic_prompts.py; tables and figures
-are made by eval.py.
+micro-batch, H hidden width, V vocabulary. The prompts are in critic_prompts.py; eval.py compares
+runs and draws figures.
 
   python sd.py --condition critique                without a GPU: a toy model, half a minute
-  python sd.py --condition critique --model Qwen/Qwen3-1.7B --data problems.jsonl
+  python sd.py --condition critique --model Qwen/Qwen3-1.7B --critic Qwen/Qwen3-4B-Instruct-2507
   python eval.py runs/critique runs/reference runs/grpo        compare runs, with intervals
 """
 
+from __future__ import annotations
+
 import argparse
-import atexit
 import contextlib
 import functools
 import hashlib
-import importlib.util
-import io
 import itertools
 import json
 import math
 import os
 import random
 import re
-import signal
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import InferenceClient, get_session, hf_hub_download, set_client_factory
+from huggingface_hub.utils import enable_progress_bars
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from critic_prompts import (
-    FORMATS, STYLES, extract_answer, first_edit, normalise, strip_thinking,
+    FORMATS, STYLES, check_math_verify, extract_answer, gradable, is_correct, strip_thinking, user,
 )  # fmt: skip
 
 # ---- 1. Config: every knob, once. The command line is generated from it. -------------------------
@@ -92,13 +100,13 @@ def knob(default, text: str, low: float | None = None):
 
 @dataclass(frozen=True)
 class Config:
-    """Where a default comes from: (paper); (OPSD), the method it builds on; unmarked: our choice.
+    """Where a default comes from: (paper); (OPSD), its parent, arXiv 2601.18734; else our choice.
 
     A preset overrides the defaults, a flag overrides both.
     """
 
     # what is trained
-    condition: str = knob("critique", "who writes the teacher's context")
+    condition: str = knob("critique", "what the teacher reads; grpo: a reward, and no teacher")
     preset: str = knob("auto", "auto: toy without CUDA and without --model, else qwen")
     # model and problems
     model: str = knob("Qwen/Qwen3-1.7B", "the solver: a hub name or a folder (paper)")
@@ -108,20 +116,21 @@ class Config:
     )
     prompts: str = knob("steps", "prompt format, from critic_prompts.py")
     grader: str = knob("exact", "exact: equal text or number; math-verify: equivalent LaTeX too")
-    test_problems: int = knob(100, "problems held out for eval.py", low=1)
-    validation_problems: int = knob(50, "problems held out to choose best.pt", low=0)
-    skip_bad_rows: bool = knob(False, "count malformed rows of --data instead of stopping")
-    critic: str = knob("self", "self (adapter off), a model, or http://…/v1[,…] (paper: QwQ-32B)")
+    test_problems: int = knob(100, "held out for eval.py; half as many more for validation", low=2)
+    critic: str = knob(
+        # a 1.7B model copies most of its wrong attempts unchanged, so it is not its own critic
+        "Qwen/Qwen3-4B-Instruct-2507",
+        "a model, http://host/v1, or self: the solver with its adapter off (paper: QwQ-32B)",
+    )
     critic_model: str = knob("", "name of the model behind an http critic")
+    critic_params: str = knob("{}", "http critic: JSON to merge into each request; null: leave out")
     critic_sees_reference: bool = knob(True, "tell the critic solution and answer (paper: yes)")
     critic_style: str = knob("copy", "copy and correct, quote the error, or omit what is right")
-    critic_max_new_tokens: int = knob(0, "cap of a critique; 0: twice an attempt's", low=0)
     # the loss
     kl: str = knob("student||teacher", "eq (4), eq (5), or one sampled token with eq (2)")
-    stop_at_first_edit: bool = knob(False, "score no token past the first corrected one (ours)")
     teacher_thinking: bool = knob(False, "thinking mode in the teacher's template (paper: yes)")
     # optimisation
-    steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems)", low=0)
+    steps: int = knob(62, "optimiser steps (paper: 7 epochs of 282 problems, about 62)", low=0)
     attempts_per_step: int = knob(32, "rollouts per step, in every condition (paper)", low=1)
     group_size: int = knob(8, "grpo only: rollouts per problem (paper)", low=2)
     lr: float = knob(5e-6, "learning rate of AdamW, constant (paper)", low=0)
@@ -131,51 +140,30 @@ class Config:
     # sampling
     temperature: float = knob(1.1, "of sampling and of the loss alike (paper)", low=1e-3)
     max_new_tokens: int = knob(2048, "cap of an attempt, tokens (paper)", low=1)
-    # memory and speed: these change results by rounding alone, and dtype most
-    sample_batch: int = knob(64, "rows that generate at once; memory, not results", low=1)
-    micro_batch: int = knob(4, "rows of one forward and backward; memory, not results", low=1)
-    kl_chunk: int = knob(512, "rows of logits that exist at once; memory, not results", low=1)
-    gradient_checkpointing: bool = knob(True, "recompute activations; memory, not results")
+    # memory and speed: they change results by rounding alone, and dtype most
+    sample_batch: int = knob(64, "rows that generate at once, at most", low=1)
+    micro_batch: int = knob(4, "rows of one forward and backward", low=1)
+    gradient_checkpointing: bool = knob(True, "recompute activations")
     dtype: str = knob("auto", "of the frozen weights; auto: bfloat16 on CUDA, else float32")
     device: str = knob("auto", "auto: cuda if there is one, else cpu")
-    threads: int = knob(0, "CPU threads of torch; 0: its own choice, all cores", low=0)
-    # evaluation, checkpoints, output
-    eval_every: int = knob(0, "steps between evaluations; best.pt keeps the best; 0: never", low=0)
+    # evaluation and output
+    eval_every: int = knob(0, "steps between validations; best.pt keeps the best; 0: never", low=0)
     eval_samples: int = knob(12, "attempts per problem in every evaluation (paper)", low=1)
-    final_problems: int = knob(
-        8, "test problems of the final before/after comparison; 0: none", low=0
-    )
-    save_every: int = knob(10, "steps between checkpoints; 0: only the last (paper)", low=0)
-    show_every: int = knob(10, "steps between printed examples; 0: never", low=0)
-    export: bool = knob(True, "at the end, write OUT/model: adapters merged, for from_pretrained")
+    closing_problems: int = knob(8, "test problems of the closing comparison; 0: none", low=0)
     seed: int = knob(0, "of data order, adapters and sampling", low=0)
     out: str = knob("", "run folder; empty: runs/CONDITION")
     resume: bool = knob(False, "continue from OUT's checkpoint, with its config")
 
-    @property
-    def has_teacher(self) -> bool:
-        return CONDITIONS[self.condition].has_teacher
-
-    @property
-    def attempts_per_problem(self) -> int:
-        return 1 if self.has_teacher else self.group_size
-
-
-TOY = Path(__file__).resolve().parent / "toy"
 
 PRESETS = {
     # toy/ is a model folder and a problem file like any other
     "toy": dict(
-        model=str(TOY), data=str(TOY / "problems.jsonl"), prompts="toy",
+        model="toy", data="toy", prompts="toy", critic="self",
         steps=50, lr=2e-3, max_grad_norm=1.0, lora_rank=16, lora_alpha=32.0, temperature=1.0,
         max_new_tokens=64, sample_batch=1024, micro_batch=32, gradient_checkpointing=False,
-        final_problems=100,
-        # small kernels wait for the slowest thread: next to another busy process, two threads are
-        # three times slower than one
-        threads=1,
+        closing_problems=100,
     ),
-    # the defaults above; --grader math-verify is better where answers are LaTeX
-    "qwen": dict(grader="exact"),
+    "qwen": dict(),  # the defaults above
 }  # fmt: skip
 
 
@@ -192,220 +180,173 @@ class Problem(NamedTuple):
     answer: str
 
 
-class Sample(NamedTuple):
-    """One response as it was drawn."""
-
-    ids: list[int]  # with the end token, so that stopping is trained as well
-    truncated: bool  # cut at the cap, without an end token
-    entropy: float  # mean entropy of the sampled distributions, nats per token
-
-
-class Reply(NamedTuple):
-    """What a critic answered."""
-
-    text: str | None  # None: the request failed, it was too long, or the reply was cut off
-    tokens: int  # generated; 0 if a server does not say
-
-
 @dataclass
 class Rollout:
     """One attempt, and everything that is added to it on the way to the loss."""
 
     problem: Problem
     prompt: list[int]  # the student's
-    sample: Sample
+    ids: list[int]  # of the response as drawn; its end token as well, so that stopping is trained
     text: str
+    truncated: bool  # cut at the cap, without an end token
+    entropy: float  # mean entropy of the sampled distributions, nats per token
     reward: float  # 1 if right, else 0
     context: str | None = None  # c of eq (1); None: no teacher, or no valid critique
     critic_tokens: int = 0  # that the critic generated
     teacher_prompt: list[int] | None = None
-    scored_length: int | None = None  # response tokens that are scored; None: all
     advantage: float = 0.0  # eq (3)
 
-    @property
-    def scored_ids(self) -> list[int]:
-        return self.sample.ids[: self.scored_length]
+
+# ---- 3. Train: the loop, a step, an update. ------------------------------------------------------
 
 
-@dataclass
-class Chat:
-    """A causal language model with its tokenizer."""
+def train(cfg) -> None:
+    """Train to cfg.steps. Every step is logged and saved, so an interruption costs one step."""
+    chat = load_model(cfg.model, cfg)  # model and tokenizer
+    if cfg.teacher_thinking and chat.render([user("x")], True) == chat.render([user("x")]):
+        raise UserError(f"--teacher-thinking: {cfg.model}'s template has no thinking mode")
+    problems = load_problems(cfg, chat)
+    critic = None
+    if cfg.condition not in ("reference", "grpo"):
+        critic = load_critic(cfg, chat)
+    add_adapters(chat.model, cfg)
+    # no weight decay: it would pull the adapter, and with it the policy, towards the base
+    optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
+    run = open_run(cfg, chat, optimizer, problems)
+    print_opening(chat, problems)
+    if cfg.preset != "toy":
+        print("the first line comes after a whole step, which may take minutes")
 
-    model: nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list[int]  # any of them ends a response; the first one also pads
-    window: int  # tokens of prompt and response together
-    # by kind of batch: rows that fit into memory, see halve_rows
-    max_rows: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def head(self) -> Tensor:
-        """(V, H): logits = hidden @ head.T."""
-        return self.model.get_output_embeddings().weight
-
-    def encode(self, messages: list[dict], thinking: bool = False) -> list[int]:
-        """Ids of a conversation, up to and including the header of the reply."""
-        safe = [{**m, "content": self.escape(m["content"])} for m in messages]
-        text = self.tokenizer.apply_chat_template(
-            safe, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-        # the template has already written the special tokens
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # a tokenizer without byte fallback maps every unknown character to one token
-        unknown = self.tokenizer.unk_token_id
-        if unknown in ids and unknown not in self.end_ids:
-            raise UserError(
-                f"the tokenizer has no tokens for {text[:80]!r}; choose another --model, --prompts "
-                "or --data"
-            )
-        return ids
-
-    def escape(self, text: str) -> str:
-        """Put a space into the names of special tokens, so that a text cannot end its own turn."""
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special:
-                text = text.replace(token.content, token.content[:1] + " " + token.content[1:])
-        return text
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    steps_without_context = 0
+    while run.step < cfg.steps:
+        entry, rollouts = take_step(chat, problems.train, critic, optimizer, run.seen, cfg)
+        run.step += 1
+        run.seen += entry["problems"]
+        run.write({"step": run.step, **entry})
+        print_step(chat, run.step, entry, rollouts, critic, cfg)
+        if cfg.eval_every and run.step % cfg.eval_every == 0:
+            validate(run, chat, rollouts, problems.validation)
+        run.save("checkpoint.pt")
+        steps_without_context = 0 if entry["scored"] else steps_without_context + 1
+        if steps_without_context == 3:
+            raise UserError("no valid context in 3 steps: nothing is learnt; change critic or data")
+    if cfg.closing_problems:
+        print_closing(chat, problems.test[: cfg.closing_problems], cfg)
+    export(chat, cfg)
+    all_sum(0)  # a barrier: no process ends while rank 0 still writes
 
 
-@dataclass
-class Run:
-    """A training run: what `take_step` works with, and where the run stands."""
+def take_step(chat, problems, critic, optimizer, seen, cfg) -> tuple[dict, list[Rollout]]:
+    """The algorithm, once: problems → rollouts → contexts or advantages → update.
 
-    cfg: Config
-    chat: Chat
-    problems: "Split"
-    critic: "Critic | None"
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # optimiser steps taken
-    seen: int = 0  # position in the training problems
-    best: float = -1.0  # best validation accuracy
-    seconds: list[float] = field(default_factory=list)  # per step since this process started
-
-
-# ---- 3. LoRA: an adapter that can be switched off. Off, the model is the initial policy. ---------
-
-
-class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x, with W frozen and A (rank, in), B (out, rank) trained.
-
-    B starts at zero, so the student starts with the teacher's weights. A and B are float32 whatever
-    W is: at lr 5e-6 a bfloat16 update rounds to zero.
+    `seen` counts the training problems of the steps before. Returns (log entry, rollouts).
     """
-
-    enabled = True  # switched by adapters_off
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
-        super().__init__()
-        # the names of nn.Linear, so that the keys of the state dict do not change
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scale = alpha / rank
-        device = linear.weight.device
-        # uniform in ±1 / sqrt(in); drawn on the CPU, so that every device starts alike
-        a = 2 * torch.rand(rank, linear.in_features, generator=generator) - 1
-        self.A = nn.Parameter((a / math.sqrt(linear.in_features)).to(device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return F.linear(x, self.weight, self.bias)
-        # The matmul adds the delta while it still sums in float32. Added afterwards, to a bfloat16
-        # output that is rounded already, a delta below half a step of that grid would be lost.
-        rows = x.flatten(0, -2)
-        delta = rows @ self.A.to(x.dtype).T @ (self.scale * self.B).to(x.dtype).T
-        y = torch.addmm(delta, rows, self.weight.T)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], -1)
+    clock = [time.perf_counter()]
+    # one attempt at each of 32 problems; in grpo 8 at each of 4
+    group = cfg.group_size if cfg.condition == "grpo" else 1
+    chosen = next_problems(problems, seen, cfg.attempts_per_step // group, cfg.seed)
+    rollouts = attempt(chat, share(chosen), cfg, group)  # y ~ π_θ(·|x)
+    clock.append(time.perf_counter())
+    if cfg.condition == "grpo":
+        for r, advantage in zip(rollouts, group_advantages(rollouts, cfg)):
+            r.advantage = advantage  # eq (3)
+        scored = rollouts
+    else:
+        contexts = CONTEXTS[cfg.condition](rollouts, critic, cfg)
+        for r, context in zip(rollouts, contexts, strict=True):
+            r.context = context  # c of eq (1)
+        scored = add_teacher_prompts(chat, rollouts, cfg)
+    clock.append(time.perf_counter())
+    losses = update(chat, optimizer, scored, cfg)
+    clock.append(time.perf_counter())
+    seconds = dict(zip(("sample_s", "context_s", "update_s"), np.diff(clock).round(3).tolist()))
+    return {"problems": len(chosen), **losses, **measure(rollouts, cfg), **seconds}, rollouts
 
 
-def add_adapters(model: nn.Module, cfg: Config) -> None:
-    """Freeze the model, and put a LoRALinear in place of every projection but the head."""
-    # its own generator, so that the adapters do not depend on other random draws
-    generator = torch.Generator().manual_seed(cfg.seed)
-    head = model.get_output_embeddings()
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            # the fused loss multiplies by the head's own weight, so the head gets no adapter
-            if type(child) is nn.Linear and child is not head:
-                adapted = LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, generator)
-                setattr(parent, name, adapted)
-    if not adapters(model):
-        raise UserError(f"{type(model).__name__} has no nn.Linear for LoRA; choose another --model")
+def update(chat, optimizer, rollouts, cfg) -> dict[str, float]:
+    """One optimiser step: {loss (mean over scored tokens, nats), grad_norm (before the clip)}.
 
-
-def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the initial policy, bit for bit.
-
-    Do not call backward inside: gradient checkpointing would recompute the student's blocks without
-    the adapter.
+    Raises FloatingPointError, before any weight changes, if they are not finite.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
-# All three frozen roles use the initial weights. They have separate names so that a fork can change
-# one. A teacher that averages past adapters, for example, is a context manager that swaps p.data,
-# an update of the average after optimizer.step(), and an entry in the checkpoint.
-teacher_weights = adapters_off  # q of the equations
-critic_weights = adapters_off  # of `--critic self`
-base_weights = adapters_off  # of the closing comparison, and of the KL to the base
+    loss_fn = policy_gradient if cfg.condition == "grpo" else DIVERGENCES[cfg.kl]
+    # the denominator: one for the whole step, over all micro-batches and processes
+    total = all_sum(sum(len(r.ids) for r in rollouts))
+    if total == 0:
+        return {"loss": 0.0, "grad_norm": 0.0}
+    set_training(chat.model, True)
+    optimizer.zero_grad()
+    loss_sum = 0.0
+    for start in range(0, len(rollouts), cfg.micro_batch):
+        part = rollouts[start : start + cfg.micro_batch]
+        h_student, h_teacher, ids, advantage = forward(chat, part)
+        # the loss and its gradient by hand, down to the hidden states; autograd does the rest
+        losses, gradient = fused_loss(
+            h_student, h_teacher, chat.head, ids, advantage, loss_fn, cfg.temperature
+        )
+        h_student.backward(gradient / total)
+        loss_sum += losses.sum().item()
+    weights = list(adapters(chat.model).values())
+    sum_gradients(weights)
+    loss = all_sum(loss_sum) / total
+    norm = nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm or math.inf).item()
+    if not math.isfinite(loss + norm):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}; nothing was updated")
+    optimizer.step()
+    return {"loss": loss, "grad_norm": norm}
 
 
 # ---- 4. Sample. ----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def generate(
-    chat: Chat,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    uniforms: np.ndarray | None = None,
-    temperature: float = 1.0,
-    batch_size: int = 64,
-    work: str = "attempts",
-) -> list[Sample]:
-    """One response for each prompt. Greedy without `uniforms`.
+def attempt(chat, problems, cfg, samples=1, seed=None) -> list[Rollout]:
+    """`samples` attempts at each (number, problem), graded; the attempts at one problem together.
 
-    uniforms: float32 in [0, 1), (len(prompts), max_new_tokens). Each row has its own random
-    numbers, so up to rounding a sample depends neither on the other rows nor on the batch size. The
-    full softmax is drawn from, since the loss scores the full softmax: no top-k and no top-p,
-    whatever the model's generation config says.
+    Attempt k uses random numbers that follow from (seed, number, k) alone, so neither batching nor
+    the number of processes affects it, and a resumed run draws what it would have drawn. In
+    training the number counts the problems seen so far. `seed` is cfg's by default.
     """
-    # in train mode gradient checkpointing would switch the KV cache off
-    chat.model.eval()
-    samples = []
+    seed = cfg.seed if seed is None else seed
+    attempts = [(number, problem, k) for number, problem in problems for k in range(samples)]
+    prompts, uniforms = [], []
+    for number, problem, k in attempts:
+        prompts.append(chat.encode(FORMATS[cfg.prompts].student(problem.question)))
+        rng = np.random.default_rng((seed, number, k))
+        uniforms.append(rng.random(cfg.max_new_tokens, np.float32))
+    caps = [cfg.max_new_tokens] * len(prompts)
+    drawn = generate(chat, prompts, caps, cfg.sample_batch, np.array(uniforms), cfg.temperature)
+    rollouts = []
+    for (_, problem, _), prompt, (ids, entropy) in zip(attempts, prompts, drawn):
+        # texts are for the critic, the grader and the reader; the loss uses the ids
+        text, without_thinking = chat.decode(ids), chat.reply(ids)
+        reward = float(is_correct(without_thinking, problem.answer, cfg.grader))
+        truncated = ids[-1] not in chat.end_ids
+        rollouts.append(Rollout(problem, prompt, ids, text, truncated, entropy, reward))
+    return rollouts
 
-    def sample_rest(rows: int) -> None:
-        while len(samples) < len(prompts):
-            part = slice(len(samples), len(samples) + rows)
+
+def generate(chat, prompts, caps, rows, uniforms=None, temperature=1.0):
+    """One response for each prompt: (its ids, the mean entropy of its distributions in nats).
+
+    caps: the most tokens of each response. rows: the most rows at once. uniforms: float32 in
+    [0, 1), (len(prompts), at least the largest cap); without them decoding is greedy. Each row has
+    its own random numbers, so up to rounding a sample depends on no other row; torch.multinomial
+    would draw from one stream for all rows. The full softmax is drawn from, since the loss scores
+    the full softmax: no top-k and no top-p, whatever the model's generation config says.
+    """
+    if not prompts:
+        return []
+    rows = min(rows, rows_that_fit(chat, max(map(len, prompts)) + max(caps)))
+    set_training(chat.model, False)
+    responses = []
+    with torch.inference_mode(), cast_adapters(chat.model):
+        for start in range(0, len(prompts), rows):
+            part = slice(start, start + rows)
             numbers = None if uniforms is None else uniforms[part]
-            drawn = generate_batch(chat, prompts[part], max_new_tokens, numbers, temperature)
-            samples.extend(drawn)
-
-    halve_rows(sample_rest, chat, work, min(batch_size, len(prompts)), "--sample-batch")
-    return samples
+            responses += generate_batch(chat, prompts[part], caps[part], numbers, temperature)
+    return responses
 
 
-def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list[Sample]:
+def generate_batch(chat, prompts, caps, uniforms, temperature):
     """All prompts at once. Finished rows are dropped from the batch and from the KV cache.
 
     Raises FloatingPointError, after the last token, if any distribution held NaN.
@@ -421,33 +362,35 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
     if uniforms is not None:
         uniforms = torch.from_numpy(uniforms).to(device)
     ends = torch.tensor(chat.end_ids, device=device)
+    longest = max(caps)
+    caps = torch.tensor(caps, device=device)
     # the prompt that each row of the shrinking batch belongs to
     alive = torch.arange(B, device=device)
-    # -1: nothing drawn
-    drawn = torch.full((B, max_new_tokens), -1, device=device)
+    drawn = torch.full((B, longest), -1, device=device)  # -1: nothing drawn
     entropy = torch.zeros(B, device=device)
     cache = transformers.DynamicCache(config=chat.model.config)
 
-    for t in progress(range(max_new_tokens), desc="generate", unit="token"):
+    for t in progress(range(longest), desc="generate", unit="token"):
         hidden = chat.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-            past_key_values=cache,  # from transformers 5.24 on: cache=cache
+            past_key_values=cache,
         ).last_hidden_state  # fmt: skip
-        # only the last position predicts; float32 from the logits on, as in the loss
-        logits = F.linear(hidden[:, -1], chat.head).float().div_(temperature)
-        p = F.softmax(logits, -1)  # (rows, V)
+        # only the last position predicts
+        p = log_probs(hidden[:, -1], chat.head, temperature).exp_()  # (rows, V)
         entropy[alive] += torch.special.entr(p).sum(-1)
         if uniforms is None:
-            token = p.argmax(-1)  # greedy, for the critic
+            token = p.argmax(-1)
         else:
-            # inverse CDF: the first token whose cumulative probability exceeds the uniform number
+            # inverse CDF: the first token whose cumulative probability exceeds the uniform number,
+            # which is scaled, because the float32 sum over all tokens is only nearly 1
             cdf = p.cumsum(-1)
             u = uniforms[alive, t, None] * cdf[:, -1:]
             token = torch.searchsorted(cdf, u, right=True)[:, 0]
             # NaN gives index V; it is reported below
             token = token.clamp(max=cdf.shape[1] - 1)
         drawn[alive, t] = token
-        unfinished = torch.isin(token, ends, invert=True).nonzero()[:, 0]
+        goes_on = torch.isin(token, ends, invert=True) & (t + 1 < caps[alive])
+        unfinished = goes_on.nonzero()[:, 0]
         if len(unfinished) == 0:
             break
         if len(unfinished) < len(alive):
@@ -461,169 +404,11 @@ def generate_batch(chat, prompts, max_new_tokens, uniforms, temperature) -> list
 
     if not entropy.isfinite().all():
         raise FloatingPointError("the logits are not finite while sampling")
-    samples = []
+    responses = []
     for row, total in zip(drawn.tolist(), entropy.tolist()):
         response = [i for i in row if i >= 0]
-        truncated = response[-1] not in chat.end_ids
-        samples.append(Sample(response, truncated, total / len(response)))
-    return samples
-
-
-def attempt(
-    chat: Chat, problems: list[tuple[int, Problem]], cfg: Config, samples: int = 1, seed=None
-) -> list[Rollout]:
-    """`samples` attempts at each (number, problem), graded.
-
-    Attempt k uses random numbers that depend on (seed, number, k) alone, so neither batching nor
-    the number of processes affects it. `seed` is cfg's by default.
-    """
-    seed = cfg.seed if seed is None else seed
-    repeated, prompts, uniforms = [], [], []
-    for number, problem in problems:
-        prompt = chat.encode(FORMATS[cfg.prompts].student(problem.question))
-        for k in range(samples):
-            rng = np.random.default_rng((seed, number, k))
-            repeated.append(problem)
-            prompts.append(prompt)
-            uniforms.append(rng.random(cfg.max_new_tokens, np.float32))
-    drawn = generate(
-        chat, prompts, cfg.max_new_tokens, np.array(uniforms), cfg.temperature, cfg.sample_batch
-    )
-    rollouts = []
-    for problem, prompt, sample in zip(repeated, prompts, drawn):
-        # the text is for the critic, the grader and the reader; the loss uses the ids
-        text = chat.decode(sample.ids)
-        reward = float(is_correct(text, problem.answer, cfg.grader))
-        rollouts.append(Rollout(problem, prompt, sample, text, reward))
-    return rollouts
-
-
-# ---- 5. Critic: a frozen language model, in this process or behind a URL. ------------------------
-
-# conversations in, one reply to each out
-Critic = Callable[[list[list[dict]]], list[Reply]]
-
-
-@dataclass
-class LocalCritic:
-    """Greedy decoding by a model in this process; for --critic self the solver, adapter off."""
-
-    chat: Chat
-    max_new_tokens: int
-    batch_size: int
-
-    def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
-        # a prompt that leaves no room for the reply gets none
-        room = self.chat.window - self.max_new_tokens
-        fitting = {}
-        for i, messages in enumerate(conversations):
-            prompt = self.chat.encode(messages)
-            if len(prompt) <= room:
-                fitting[i] = prompt
-        with critic_weights(self.chat.model):
-            samples = generate(
-                self.chat, list(fitting.values()), self.max_new_tokens,
-                batch_size=self.batch_size, work="critiques",
-            )  # fmt: skip
-        replies = [Reply(None, 0)] * len(conversations)
-        for i, sample in zip(fitting, samples):
-            text = None if sample.truncated else self.chat.decode(sample.ids)
-            replies[i] = Reply(text, len(sample.ids))
-        return replies
-
-
-# ---- 6. Conditions: who writes the context c. ----------------------------------------------------
-
-
-def write_critiques(rollouts: list[Rollout], critic: Critic, cfg: Config) -> list[str | None]:
-    """c is the attempt, corrected by the critic.
-
-    A reply that is cut off, or that lacks steps or an answer, becomes None: half a trace or an
-    error message in the teacher's prompt would be distilled like any other text.
-    """
-    prompt_format, conversations = FORMATS[cfg.prompts], []
-    for r in rollouts:
-        question, solution, answer = r.problem
-        shown = solution if cfg.critic_sees_reference else None
-        messages = prompt_format.critic(question, r.text, shown, answer, cfg.critic_style)
-        conversations.append(messages)
-    critiques = []
-    for r, reply in zip(rollouts, critic(conversations)):
-        r.critic_tokens = reply.tokens
-        # without the critic's thinking and the words around its trace; the limit bounds the time
-        # that regular expressions take on a runaway reply
-        trace = prompt_format.extract_trace(strip_thinking(reply.text or "")[:200_000])
-        valid = trace is not None and extract_answer(trace) is not None
-        critiques.append(trace if valid else None)
-    return critiques
-
-
-def copy_solutions(rollouts: list[Rollout], critic, cfg: Config) -> list[str]:
-    """c is the data set's worked solution, in its author's words."""
-    return [r.problem.solution for r in rollouts]
-
-
-def group_advantages(rollouts: list[Rollout], critic, cfg: Config) -> list[float]:
-    """Eq (3). The G attempts at one problem follow one another."""
-    rewards = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)  # (problems, G)
-    spread = rewards.std(1, keepdims=True)
-    # equal rewards carry no signal: 0, not 0 / 0
-    advantages = (rewards - rewards.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
-    return advantages.flatten().tolist()
-
-
-class Condition(NamedTuple):
-    # (rollouts, critic, cfg) → one context per rollout, or None to leave it out; without a teacher
-    # one advantage per rollout, which is the same for all of its tokens
-    write: Callable
-    asks_critic: bool  # else no critic is loaded
-    has_teacher: bool = True
-
-
-# All conditions share sampler, denominator, optimiser and evaluation. critique and reference differ
-# in c alone; grpo has no c, and a different loss.
-CONDITIONS = {
-    "critique": Condition(write_critiques, asks_critic=True),
-    "reference": Condition(copy_solutions, asks_critic=False),
-    "grpo": Condition(group_advantages, asks_critic=False, has_teacher=False),
-}
-
-
-def write_contexts(rollouts: list[Rollout], critic: Critic | None, cfg: Config) -> None:
-    """Set the context of each rollout, or in grpo its advantage."""
-    values = CONDITIONS[cfg.condition].write(rollouts, critic, cfg)
-    for r, value in zip(rollouts, values):
-        if cfg.has_teacher:
-            r.context = value
-        else:
-            r.advantage = value
-
-
-# ---- 7. Teacher prompts, and the hidden states of the response. ----------------------------------
-
-
-def prepare(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Rollout]:
-    """The rollouts that are scored, each with its teacher's prompt; in grpo all, without one.
-
-    A rollout without a context is left out, and so is one whose context does not fit the window.
-    """
-    if not cfg.has_teacher:
-        return rollouts
-    scored = []
-    for r in rollouts:
-        if r.context is None:
-            continue
-        # problem and context; the attempt itself is not shown to the teacher
-        messages = FORMATS[cfg.prompts].teacher(r.problem.question, r.context)
-        prompt = chat.encode(messages, cfg.teacher_thinking)
-        if len(prompt) + len(r.sample.ids) > chat.window:
-            continue
-        r.teacher_prompt = prompt
-        if cfg.stop_at_first_edit:
-            # up to and including the first token that the critique changes
-            r.scored_length = first_edit(chat.decode, r.sample.ids, r.context) + 1
-        scored.append(r)
-    return scored
+        responses.append((response, total / len(response)))
+    return responses
 
 
 def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
@@ -634,14 +419,219 @@ def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
     )
 
 
-def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+def rows_that_fit(chat, tokens: int) -> int:
+    """How many rows of so many tokens a GPU has memory for; on a CPU there is no limit."""
+    if chat.model.device.type != "cuda":
+        return sys.maxsize
+    config = chat.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys_and_values = 2 * config.num_hidden_layers * heads * width * chat.head.element_size()
+    row = keys_and_values * tokens + 6 * 4 * len(chat.head)  # and the sampler's float32 tensors
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(chat.model.device)
+    return max(1, int(0.6 * free) // row)  # growing caches leave gaps that nothing fits into
+
+
+# ---- 5. Contexts, and the critic that writes critiques. ------------------------------------------
+#
+# A critic is called with conversations, and with the length of each attempt in tokens. It returns
+# for each conversation (reply, tokens generated). The reply is None if it was cut off, or if the
+# request failed. In critic_prompts.py a row of FORMATS makes the messages for each reader, and its
+# `extract_trace` finds the trace in a reply: None if steps are missing, repeated or unfinished.
+
+
+def write_critiques(rollouts, critic, cfg) -> list[str | None]:
+    """c is the attempt, corrected by the critic.
+
+    A reply that is cut off, or is no whole trace with an answer, becomes None: half a trace or an
+    error message in the teacher's prompt would be distilled like any other text.
+    """
+    conversations = [critic_messages(r, cfg) for r in rollouts]
+    replies = critic(conversations, [len(r.ids) for r in rollouts])
+    critiques = []
+    for r, (reply, tokens) in zip(rollouts, replies):
+        r.critic_tokens = tokens
+        trace = FORMATS[cfg.prompts].extract_trace(strip_thinking(reply or "")) or ""
+        # a text of more than twice this length is not a trace, but the critic's thinking, say
+        length = max(len(r.text), len(r.problem.solution), 200)
+        valid = extract_answer(trace) is not None and len(trace) <= 2 * length
+        critiques.append(trace if valid else None)
+    return critiques
+
+
+def critic_messages(r, cfg) -> list[dict]:
+    """What the critic reads. Without the solution, the format does not show the answer either."""
+    question, solution, answer = r.problem
+    shown = solution if cfg.critic_sees_reference else None
+    return FORMATS[cfg.prompts].critic(question, r.text, shown, answer, cfg.critic_style)
+
+
+def copy_solutions(rollouts, critic, cfg) -> list[str]:
+    """c is the data set's worked solution, in its author's words."""
+    return [r.problem.solution for r in rollouts]
+
+
+# The conditions that have a teacher: (rollouts, critic, cfg) → a context for each rollout, or None
+# to leave it out. They differ in c alone. A fourth context is one function and one row.
+CONTEXTS = {"critique": write_critiques, "reference": copy_solutions}
+
+
+@dataclass
+class LocalCritic:
+    """Greedy decoding by a model in this process; for --critic self the solver, adapter off."""
+
+    chat: Chat
+    rows: int  # that generate at once
+    last_error: str = ""  # only a server has one
+
+    def __call__(self, conversations, lengths) -> list[tuple[str | None, int]]:
+        prompts, caps = [], []
+        for messages, length in zip(conversations, lengths):
+            # a prompt that is too long is cut and leaves one token, so its reply counts as cut off
+            prompt = self.chat.encode(messages)[: self.chat.window - 1]
+            prompts.append(prompt)
+            # a corrected attempt is about as long; one that loops would hold up all others
+            caps.append(min(length * 3 // 2 + 256, self.chat.window - len(prompt)))
+        with adapters_off(self.chat.model):
+            drawn = generate(self.chat, prompts, caps, self.rows)
+        replies = []
+        for ids, _ in drawn:
+            complete = ids[-1] in self.chat.end_ids
+            replies.append((self.chat.reply(ids) if complete else None, len(ids)))
+        return replies
+
+
+class HTTPCritic:
+    """OpenAI-compatible chat completions: vLLM, SGLang, `transformers serve`, a hosted API."""
+
+    patience = 120.0  # seconds from its start in which a request is sent again
+    pause = 1.0  # seconds before that; doubles each time
+    timeout = 600.0  # seconds for one reply
+
+    def __init__(self, address: str, model: str, max_new_tokens: int, extra: dict):
+        self.address, self.model = address, model
+        # the client leaves out what is None
+        self.parameters = {"temperature": 0, "max_tokens": max_new_tokens, **extra}
+        # without a key, or with an empty one, the client would send the user's hub token
+        self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split()) or "no-key"
+        # the hub's own session would ask a proxy for localhost, and refuse all under HF_HUB_OFFLINE
+        local = ("all://localhost", "all://127.0.0.1", "all://[::1]", "all://0.0.0.0")
+        no_proxy = dict.fromkeys(local)  # None: without a proxy
+        session = type(get_session())
+        set_client_factory(lambda: session(follow_redirects=True, timeout=None, mounts=no_proxy))
+        self.has_worked = False
+        self.last_error = ""
+
+    def __call__(self, conversations, lengths) -> list[tuple[str | None, int]]:
+        self.errors, sent = [], len(conversations)
+        with ThreadPool(16) as pool:  # its threads are daemons: Ctrl-C does not wait for replies
+            replies = list(progress(pool.imap(self.ask, conversations), total=sent, desc="critic"))
+        lost = len(self.errors)
+        self.last_error = f"{lost} of {sent} requests failed, {self.errors[-1]}" if lost else ""
+        self.has_worked = self.has_worked or lost < sent
+        if lost and not self.has_worked:  # a wrong address, key, model or parameter
+            raise UserError(self.last_error)
+        return replies
+
+    def ask(self, messages: list[dict]) -> tuple[str | None, int]:
+        """Send one request, and send it again while its failure may pass."""
+        deadline = time.monotonic() + self.patience
+        for tries in itertools.count():
+            try:
+                return self.post(messages)
+            except Exception as failure:  # a server may answer anything
+                error = failure
+            # the server's refusal; if the client fails to read it, it is that failure's __context__
+            response = getattr(error, "response", getattr(error.__context__, "response", None))
+            wait, may_pass, words = self.pause * 2**tries, True, f"{type(error).__name__}: {error}"
+            if response is not None:
+                words = f"{response.status_code} {response.reason_phrase}: {response.text}"
+                may_pass = response.status_code in (408, 429) or response.status_code >= 500
+                told = response.headers.get("Retry-After", "")
+                wait = max(wait, float(told) if told.isdecimal() else 0)
+            if not may_pass or time.monotonic() + wait > deadline:
+                words = " ".join(words.split()).replace(self.key, "***")
+                self.errors.append(f"{self.address}: {words[:300]}")
+                return None, 0
+            time.sleep(wait)
+
+    def post(self, messages: list[dict]) -> tuple[str | None, int]:
+        client = InferenceClient(self.address, api_key=self.key, timeout=self.timeout)
+        reply = client.chat_completion(messages, model=self.model, extra_body=self.parameters)
+        text, tokens = reply.choices[0].message.content, 0
+        if reply.usage:  # not every server counts
+            tokens = reply.usage.completion_tokens or 0
+        whole = isinstance(text, str) and reply.choices[0].finish_reason != "length"
+        if not whole or text != text.encode(errors="ignore").decode():  # half a surrogate pair
+            text = None
+        return text, tokens
+
+
+def load_critic(cfg, chat):
+    """The critic that --critic names. `chat` is the solver, for `self`."""
+    if is_url(cfg.critic):
+        extra = json.loads(cfg.critic_params)
+        return HTTPCritic(cfg.critic, cfg.critic_model, 2 * cfg.max_new_tokens, extra)
+    frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg)
+    return LocalCritic(frozen, cfg.sample_batch)
+
+
+def group_advantages(rollouts, cfg) -> list[float]:
+    """Eq (3), for grpo, which has no teacher and no context: one advantage for each rollout."""
+    rewards = np.array([r.reward for r in rollouts]).reshape(-1, cfg.group_size)  # (problems, G)
+    spread = rewards.std(1, keepdims=True)
+    # equal rewards carry no signal: 0, not 0 / 0
+    advantages = (rewards - rewards.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    return advantages.flatten().tolist()
+
+
+# ---- 6. The teacher's prompt, and the hidden states of the response. -----------------------------
+
+
+def add_teacher_prompts(chat, rollouts, cfg) -> list[Rollout]:
+    """The rollouts that are scored, each with its teacher's prompt.
+
+    A rollout without a context is left out, and so is one whose context does not fit the window.
+    """
+    scored = []
+    for r in rollouts:
+        if r.context is None:
+            continue
+        # The prompt holds the problem and the context, not the attempt: that is what follows it.
+        messages = FORMATS[cfg.prompts].teacher(r.problem.question, r.context)
+        prompt = chat.encode(messages, cfg.teacher_thinking)
+        if len(prompt) + len(r.ids) <= chat.window:
+            r.teacher_prompt = prompt
+            scored.append(r)
+    return scored
+
+
+def forward(chat, rollouts) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(h_student, h_teacher) (N, H) of the response tokens of a micro-batch, (ids, advantage) (N,).
+
+    The teacher has the initial weights, another prompt and no gradient, which is the sg of eq (1).
+    Both sequences end in the very ids that were drawn. In grpo there is no teacher: None.
+    """
+    responses = [r.ids for r in rollouts]
+    h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)
+    h_teacher = None
+    if rollouts[0].teacher_prompt is not None:
+        with torch.no_grad(), teacher_weights(chat.model):
+            h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
+    # one entry for each token, in the order of the hidden states
+    ids = torch.tensor([i for r in rollouts for i in r.ids], device=h_student.device)
+    advantage = torch.tensor([r.advantage for r in rollouts for _ in r.ids], device=ids.device)
+    return h_student, h_teacher, ids, advantage
+
+
+def response_hidden(chat, prompts, responses) -> Tensor:
     """The hidden states that predict each response token, (N, H), responses one after the other.
 
-    Rows are padded on the right, so no mask is needed: a causal model never attends to a later
-    position. A mask made from token values would be wrong, because the end token often pads, and it
-    must be scored.
+    Rows are padded on the right, so no attention mask is needed: a causal model never attends to a
+    later position. Nor is a loss mask: the slices pick the response and its end token. A mask made
+    from token values would leave out an end token that pads as well.
     """
-    # ids in, ids out: a response is never decoded and encoded again
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     ids = pad(rows, chat.end_ids[0], "right").to(chat.model.device)
     hidden = chat.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -653,8 +643,34 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
     return torch.cat(predicting)
 
 
-# ---- 8. Loss: each divergence with its gradient, worked out by hand. -----------------------------
-#
+# ---- 7. Loss: each divergence with its gradient, worked out by hand. -----------------------------
+
+CHUNK = 6_000_000  # logits that exist at once: 40 tokens for a vocabulary of 150,000
+
+
+@torch.no_grad()
+def fused_loss(h_student, h_teacher, head, ids, advantage, loss_fn, temperature):
+    """The loss of each token, (N,) float32, and the gradient of their sum wrt h_student, (N, H).
+
+    h_student, h_teacher (N, H); head (V, H), frozen; ids, advantage (N,). Logits exist for a few
+    tokens at a time, and the gradient is computed while they exist: z = h Wᵀ / temperature, so it
+    is (∂loss/∂z) W / temperature. These are three matmuls (student's logits, teacher's logits,
+    gradient), as many as plain autograd needs. No torch.autograd.Function is needed, since nothing
+    follows the loss: the caller goes on with h_student.backward(gradient).
+    """
+    losses = torch.empty(len(ids), device=h_student.device)
+    gradient = torch.empty_like(h_student)
+    tokens = max(1, CHUNK // len(head))
+    for start in range(0, len(ids), tokens):
+        part = slice(start, start + tokens)
+        log_p, log_q = log_probs(h_student[part], head, temperature), None
+        if h_teacher is not None:
+            log_q = log_probs(h_teacher[part], head, temperature)
+        losses[part], grad_z = loss_fn(log_p, log_q, ids[part], advantage[part])
+        gradient[part] = grad_z.to(head.dtype) @ head / temperature
+    return losses, gradient
+
+
 # With p = softmax(z):  ∂ log p_v / ∂z_k = 1[v=k] − p_k   and   ∂p_v / ∂z_k = p_v (1[v=k] − p_k).
 #
 #   eq (4), KL(p‖q) = Σ_v p_v d_v with d_v = log p_v − log q_v:
@@ -666,8 +682,8 @@ def response_hidden(chat: Chat, prompts: list[list[int]], responses: list[list[i
 #   With A of eq (2) the last is, in expectation over y ~ p, the gradient of eq (4).
 #
 # Each function takes log p and log q (tokens, V), the drawn ids and the advantages of eq (3), both
-# (tokens,). It returns the loss of each token, (tokens,) in nats, and its gradient wrt z, (tokens,
-# V).
+# (tokens,), of which it uses what it needs. It returns the loss of each token, (tokens,) in nats,
+# and its gradient wrt z, (tokens, V).
 
 
 def kl_student_teacher(log_p, log_q, ids, advantage):  # eq (4)
@@ -683,13 +699,18 @@ def kl_teacher_student(log_p, log_q, ids, advantage):  # eq (5)
     return kl, log_p.exp() - q
 
 
+def kl_sampled(log_p, log_q, ids, advantage):
+    a = of_drawn(log_q, ids) - of_drawn(log_p, ids)  # eq (2)
+    _, gradient = policy_gradient(log_p, log_q, ids, a)
+    return -a, gradient  # −A is one token's estimate of eq (4)
+
+
 def policy_gradient(log_p, log_q, ids, advantage):
-    """−A log p_y.
+    """−A log p_y, the loss of grpo.
 
     The rollouts are the current policy's, so the importance ratio is 1 and a clip of it would do
     nothing. There is no KL to a reference policy: the adapter starts at zero and training is short,
     so the policy stays near it.
-    Like every loss here it is averaged over all scored tokens of the step.
     """
     # p − 1[y]: subtract one at the drawn token
     gradient = log_p.exp()
@@ -697,10 +718,17 @@ def policy_gradient(log_p, log_q, ids, advantage):
     return -advantage * of_drawn(log_p, ids), gradient * advantage[:, None]
 
 
-def kl_sampled(log_p, log_q, ids, advantage):
-    a = of_drawn(log_q, ids) - of_drawn(log_p, ids)  # eq (2)
-    _, gradient = policy_gradient(log_p, log_q, ids, a)
-    return -a, gradient  # −A is one token's estimate of eq (4)
+# The choices of --kl. "Forward" and "reverse" KL are used both ways, so a name is the formula. The
+# default is what eq (1) writes. They differ where the teacher only copies: a critique holds the
+# attempt, so the teacher expects the very token y that was drawn, q ≈ (1 − ε) 1[y] + ε p. Averaged
+# over y ~ p this q is p. So under eq (5) copying has no effect, and only corrections have one.
+# Under eq (4) the logarithm weighs what q lacks: log q ≈ log ε + log p off y. The mean step raises
+# the tokens that are likely already: the entropy of p falls even where nothing was corrected.
+DIVERGENCES = {
+    "student||teacher": kl_student_teacher,
+    "teacher||student": kl_teacher_student,
+    "sampled": kl_sampled,
+}
 
 
 def of_drawn(x: Tensor, ids: Tensor) -> Tensor:
@@ -708,274 +736,155 @@ def of_drawn(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[:, None])[:, 0]
 
 
-# The same losses for autograd.
+def log_probs(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """log softmax(h Wᵀ / temperature), (tokens, V) float32: for the sampler and for the loss.
 
-
-def kl_student_teacher_naive(log_p, log_q, ids, advantage):
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def kl_teacher_student_naive(log_p, log_q, ids, advantage):
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
-
-
-def policy_gradient_naive(log_p, log_q, ids, advantage):
-    return -advantage * of_drawn(log_p, ids)
-
-
-def kl_sampled_naive(log_p, log_q, ids, advantage):
-    a = (of_drawn(log_q, ids) - of_drawn(log_p, ids)).detach()
-    surrogate = -a * of_drawn(log_p, ids)
-    return surrogate + (-a - surrogate).detach()  # value −A, gradient of the surrogate
-
-
-class Loss(NamedTuple):
-    fused: Callable  # (loss, gradient wrt z)
-    naive: Callable  # the loss alone, for autograd: the tests compare the two
-
-
-# The choices of --kl. "Forward" and "reverse" KL are used both ways, so a name is the formula.
-DIVERGENCES = {
-    "student||teacher": Loss(kl_student_teacher, kl_student_teacher_naive),
-    "teacher||student": Loss(kl_teacher_student, kl_teacher_student_naive),
-    "sampled": Loss(kl_sampled, kl_sampled_naive),
-}
-GRPO_LOSS = Loss(policy_gradient, policy_gradient_naive)
-
-
-def log_probs(
-    hidden: Tensor, head: Tensor, temperature: float, out: Tensor | None = None
-) -> Tensor:
-    """log softmax(h Wᵀ / temperature), (tokens, V), in float32; into `out` if it is given.
-
-    The logits are rounded to the model's dtype, as in the sampler. The rest is float32: a bfloat16
-    log-softmax over 150,000 entries makes small divergences negative.
+    A bfloat16 log-softmax over 150,000 entries would make small divergences negative.
     """
-    if out is None:
-        out = head.new_empty(len(hidden), len(head), dtype=torch.float32)
-    if head.dtype == out.dtype:
-        torch.mm(hidden, head.T, out=out)
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
     else:
-        out.copy_(hidden @ head.T)  # converts half precision to float32
-    # in place, since (tokens, V) tensors are the largest in the program
-    out.div_(temperature)
-    return torch.log_softmax(out, -1, out=out)
+        logits = (hidden @ head.T).float()  # a CPU matmul has no out_dtype
+    return torch.log_softmax(logits.div_(temperature), -1)
 
 
-@torch.no_grad()
-def fused_loss(
-    h_student: Tensor,
-    h_teacher: Tensor | None,
-    head: Tensor,
-    ids: Tensor,
-    advantage: Tensor,
-    loss_fn: Callable,
-    temperature: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each token, (N,) float32, and the gradient of their sum wrt h_student, (N, H).
+# ---- 8. LoRA: an adapter that can be switched off. Off, the model is the initial policy. ---------
 
-    h_student, h_teacher (N, H); head (V, H), frozen; ids, advantage (N,). Logits exist for `chunk`
-    tokens at a time, and the gradient is computed while they exist: z = h Wᵀ / temperature, so it
-    is (∂loss/∂z) W / temperature. These are three matmuls (student's logits, teacher's logits,
-    gradient), as many as plain autograd needs. No torch.autograd.Function is needed, since nothing
-    follows the loss: the caller goes on with h_student.backward(gradient).
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B A x, with W frozen and A (rank, in), B (out, rank) trained.
+
+    B starts at zero, so the student starts with the teacher's weights. A and B are float32 whatever
+    W is: at lr 5e-6 a bfloat16 update rounds to zero.
     """
-    N = len(h_student)
-    losses = torch.empty(N, device=h_student.device)
-    gradient = torch.empty_like(h_student)
-    # buffers that all chunks use: on a CPU, fresh memory for each takes 10 % longer
-    grad_z = head.new_empty(min(chunk, N), len(head))
-    log_p = torch.empty_like(grad_z, dtype=torch.float32)
-    # without a teacher any tensor will do: policy_gradient ignores log q
-    log_q = log_p if h_teacher is None else torch.empty_like(log_p)
-    few = math.ceil(chunk / 16)
-    for start in range(0, N, chunk):
-        tokens = slice(start, start + chunk)
-        n = len(ids[tokens])
-        log_probs(h_student[tokens], head, temperature, out=log_p[:n])
-        if h_teacher is not None:
-            log_probs(h_teacher[tokens], head, temperature, out=log_q[:n])
-        # a few tokens at a time, because loss_fn makes several more tensors of this size
-        for first in range(0, n, few):
-            part = slice(first, min(first + few, n))
-            losses[tokens][part], grad_z[part] = loss_fn(
-                log_p[part], log_q[part], ids[tokens][part], advantage[tokens][part]
-            )
-        gradient[tokens] = grad_z[:n] @ head / temperature
-    return losses, gradient
+
+    enabled = True  # switched by adapters_off
+    cast = None  # Aᵀ and (alpha / rank) Bᵀ in the dtype of W, while tokens are generated
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        # the names of nn.Linear, so that the keys of the state dict do not change
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = alpha / rank
+        device = linear.weight.device
+        # uniform in ±1 / sqrt(in); drawn on the CPU, so that every device starts alike
+        a = 2 * torch.rand(rank, linear.in_features, generator=generator) - 1
+        self.A = nn.Parameter((a / math.sqrt(linear.in_features)).to(device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        dtype = self.weight.dtype
+        return self.A.T.to(dtype), (self.scale * self.B).T.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        A, B = self.cast or self.factors()
+        rows = x.flatten(0, -2)
+        # The matmul adds the delta while it still sums in float32. Added afterwards, to a bfloat16
+        # output that is rounded already, a delta below half a step of that grid would be lost.
+        y = torch.addmm(rows @ A @ B, rows, self.weight.T)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
 
 
-# ---- 9. Step. ------------------------------------------------------------------------------------
+def add_adapters(model: nn.Module, cfg) -> None:
+    """Freeze the model, and put a LoRALinear in place of every nn.Linear of its decoder."""
+    # its own generator, so that the adapters do not depend on other random draws
+    generator = torch.Generator().manual_seed(cfg.seed)
+    model.requires_grad_(False)
+    # the head is outside of the decoder: the fused loss multiplies by the head's own weight
+    for parent in list(model.get_decoder().modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                adapted = LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, generator)
+                setattr(parent, name, adapted)
+    if not adapters(model):
+        raise UserError(f"{type(model).__name__} has no nn.Linear for LoRA; choose another --model")
 
 
-def score(
-    chat: Chat,
-    rollouts: list[Rollout],
-    loss_fn: Callable,
-    cfg: Config,
-    weights: Callable,
-):
-    """Both forward passes and the loss of one micro-batch: (h_student, its losses, its gradient).
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    `weights` are the teacher's: a context manager, as adapters_off.
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the initial policy, bit for bit.
+
+    Do not call backward inside: gradient checkpointing would recompute the student's blocks without
+    the adapter.
     """
-    device = chat.model.device
-    # both sequences of a rollout end in the ids that were drawn
-    responses = [r.scored_ids for r in rollouts]
-    h_student = response_hidden(chat, [r.prompt for r in rollouts], responses)  # (N, H)
-    # the teacher: other weights, another prompt, and no gradient, the sg of eq (1)
-    h_teacher = None
-    if rollouts[0].teacher_prompt is not None:
-        with torch.no_grad(), weights(chat.model):
-            h_teacher = response_hidden(chat, [r.teacher_prompt for r in rollouts], responses)
-    # one entry per scored token, in the order of the hidden states
-    ids = torch.tensor([i for r in rollouts for i in r.scored_ids], device=device)  # (N,)
-    advantage = torch.tensor([r.advantage for r in rollouts for _ in r.scored_ids], device=device)
-    losses, gradient = fused_loss(
-        h_student, h_teacher, chat.head, ids, advantage, loss_fn, cfg.temperature, cfg.kl_chunk
-    )
-    return h_student, losses, gradient
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
-def update(
-    chat: Chat, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], cfg: Config
-) -> dict[str, float]:
-    """One optimiser step: {loss (mean over scored tokens, nats), grad_norm (before the clip)}.
+# The weights of q in `forward`. A fork whose teacher averages past adapters puts here a context
+# manager that swaps p.data, updates the average after optimizer.step(), and saves it in `save`.
+teacher_weights = adapters_off
 
-    Raises FloatingPointError, before any weight changes, if they are not finite.
+
+@contextlib.contextmanager
+def cast_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapters are cast once, not at every token. Their weights must not change."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.cast = layer.factors()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
+
+
+def set_training(model: nn.Module, on: bool) -> None:
+    """Switch gradient checkpointing, which works in layers that are in train mode.
+
+    All other modules stay in eval mode, because in train mode many models add dropout or other
+    noise, by which student and teacher would differ.
     """
-    loss_fn = DIVERGENCES[cfg.kl].fused if cfg.has_teacher else GRPO_LOSS.fused
-    # the denominator of eq (1), for all micro-batches and processes
-    total = all_sum(sum(len(r.scored_ids) for r in rollouts))
-    if total == 0:
-        return {"loss": 0.0, "grad_norm": 0.0}
-    chat.model.train()  # in eval mode gradient checkpointing is silently off; dropout is 0 in both
-    # Dividing by `total` before the backward pass would underflow in float16. So the gradient is
-    # multiplied by scale / total (about 1) before it, and divided by scale (a power of 2) after it.
-    scale = 2.0 ** round(math.log2(total))
-
-    def accumulate(rows: int) -> float:
-        """Add up the gradients, `rows` rollouts at a time. The sum of all tokens' losses."""
-        optimizer.zero_grad()
-        loss_sum = 0.0
-        for start in range(0, len(rollouts), rows):
-            part = rollouts[start : start + rows]
-            h_student, losses, gradient = score(chat, part, loss_fn, cfg, teacher_weights)
-            h_student.backward(gradient * (scale / total))
-            loss_sum += losses.sum().item()
-        return loss_sum
-
-    rows = max(1, min(cfg.micro_batch, len(rollouts)))
-    loss_sum = halve_rows(accumulate, chat, "rollouts", rows, "--micro-batch")
-    mean_loss = all_sum(loss_sum) / total
-    weights = list(adapters(chat.model).values())
-    sum_gradients(weights)
-    for p in weights:
-        p.grad /= scale
-    norm = nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm or math.inf).item()
-    if not math.isfinite(mean_loss + norm):
-        raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm}; nothing was updated")
-    optimizer.step()
-    return {"loss": mean_loss, "grad_norm": norm}
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = on and module.gradient_checkpointing
 
 
-def take_step(run: Run) -> tuple[dict, list[Rollout]]:
-    """The algorithm, once: problems → rollouts → contexts → update. (log entry, rollouts)."""
-    cfg, chat, cost = run.cfg, run.chat, {}
-    # 32 problems; in grpo 4, with 8 attempts each. Processes share out problems, not attempts, so
-    # that a group stays in one process
-    chosen = next_problems(run.problems.train, run.seen, cfg)
-    with timed(cost, "sample_s"):
-        rollouts = attempt(chat, share(chosen), cfg, cfg.attempts_per_problem)
-    with timed(cost, "critic_s"):
-        write_contexts(rollouts, run.critic, cfg)
-    with timed(cost, "train_s"):
-        scored = prepare(chat, rollouts, cfg)
-        losses = update(chat, run.optimizer, scored, cfg)
-    # where the next step begins, and what a checkpoint stores
-    run.step += 1
-    run.seen += len(chosen)
-    run.seconds.append(sum(cost.values()))
-    metrics = measure(rollouts, cfg)
-    cost["peak_mib"] = round(peak_memory(chat.model.device), 1)
-    return {"step": run.step, **losses, **metrics, "cost": cost}, rollouts
+# ==== The method ends here. The rest is plumbing. =================================================
 
 
-def train(cfg: Config) -> None:
-    """Train to cfg.steps; log, evaluate and save on the way. Ctrl-C saves, then stops."""
-    chat = load_solver(cfg)
-    problems = load_problems(cfg, chat)
-    critic = load_critic(cfg, chat) if CONDITIONS[cfg.condition].asks_critic else None
-    add_adapters(chat.model, cfg)
-    if cfg.gradient_checkpointing:
-        # the reentrant kind gives no gradient where its input, the embeddings, requires none
-        chat.model.activation_checkpointing_enable({"use_reentrant": False})
-    # no weight decay: it would pull the adapter, and with it the policy, towards the base
-    optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
-    run = Run(cfg, chat, problems, critic, optimizer)
-    open_folder(run)  # a new run folder; with --resume the one that is there, and its state
-    print_opening(run)
-
-    stop = empty_steps = 0
-    with deferred_interrupt() as interrupted:
-        while run.step < cfg.steps and not stop:
-            entry, rollouts = take_step(run)
-            write_log(run, entry)
-            print_step(run, entry, rollouts)
-            empty_steps = 0 if entry["scored"] else empty_steps + 1
-            if is_due(run.step, cfg.eval_every):
-                validate(run, rollouts)
-            if is_due(run.step, cfg.save_every):
-                save_checkpoint(run, "checkpoint.pt")
-            # all processes stop, or none does
-            stop = all_sum(len(interrupted) + (empty_steps == 3))
-    save_checkpoint(run, "checkpoint.pt")
-    if empty_steps == 3:
-        raise UserError(NOTHING_SCORED)
-    if stop:
-        raise KeyboardInterrupt
-    if cfg.final_problems:
-        print_closing(run)
-    if cfg.export:
-        export(run)
-    barrier()  # no process ends while rank 0 still writes
+# ---- 9. Processes: one, or several under torchrun. With one, these functions change nothing. -----
 
 
-# ==================================================================================================
-#
-# The method ends here. What follows is plumbing: processes, problem files and reward, loading of
-# models, log and checkpoint, what is printed, the command line.
-#
-# ==================================================================================================
-
-
-# ---- 10. Processes: one, or several under torchrun. With one, these functions change nothing. ----
+def start_processes() -> None:
+    """Under torchrun, join the others. Only rank 0 prints."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        # a process may have to wait for another one's whole rollout
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        if rank():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def start_processes() -> None:
-    """Under torchrun, join the others. Only rank 0 prints."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    # a process may have to wait for another one's whole rollout
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
-    # a process that exits with the group open may abort
-    atexit.register(dist.destroy_process_group)
-    # only rank 0 prints; errors of every rank still reach stderr
-    if rank():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
-
 def share(items: list) -> list:
-    """This process's part."""
+    """This process's part. A problem's attempts stay together, so a GRPO group does."""
     return items[rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
@@ -993,21 +902,85 @@ def all_sum(value: float) -> float:
     return sum(gather([value]))
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    all_sum(0)
-
-
 def sum_gradients(weights: list[nn.Parameter]) -> None:
     """Add up the gradients of all processes. A process without rollouts adds zeros."""
-    for p in weights:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if dist.is_initialized():
+    if dist.is_initialized():
+        for p in weights:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
 
-# ---- 11. Problems: files, split, order. ----------------------------------------------------------
+# ---- 10. Problems: file, split, order. -----------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """Problems by use. No two have the same question, within a part or across."""
+
+    train: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+    dropped: str  # how many rows, and why
+    fingerprint: str  # of all that the split follows from
+
+
+def load_problems(cfg, chat) -> Split:
+    """Read and split --data. The split follows from the set of questions, not from their order."""
+    found, dropped = {}, Counter()
+    for number, row in enumerate(progress(read_rows(cfg.data), desc="read"), 1):
+        try:
+            problem = read_row(row)
+            prompt = chat.encode(FORMATS[cfg.prompts].student(problem.question))
+        except (ValueError, UserError) as error:
+            raise UserError(f"{cfg.data}, row {number}: {error}") from None
+        # the same question twice would leak from training into the test
+        key = "".join(problem.question.lower().split())
+        if not problem.solution:
+            dropped["without a solution"] += 1  # DeepScaleR has many
+        elif not gradable(problem.answer, cfg.grader):
+            dropped[f"not for --grader {cfg.grader}"] += 1
+        elif len(prompt) + cfg.max_new_tokens > chat.window:
+            dropped["too long"] += 1
+        elif key in found:
+            dropped["duplicate"] += 1
+        else:
+            found[key] = problem
+    dropped = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    test, validation = cfg.test_problems, cfg.test_problems // 2
+    held_out = test + validation
+    if len(found) <= held_out:
+        raise UserError(
+            f"{cfg.data}: {len(found)} problems leave none to train on beside {held_out} held out "
+            f"(dropped: {dropped}); lower --test-problems"
+        )
+    keys = sorted(found, key=digest)
+    problems = [found[key] for key in keys]
+    return Split(
+        train=problems[held_out:],
+        validation=problems[test:held_out],
+        test=problems[:test],
+        dropped=dropped,
+        fingerprint=digest("\n".join([str(test), *keys])),
+    )
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_rows(name: str) -> list:
+    """The rows of a .json array or a .jsonl file. Numbers stay the text that stands in the file."""
+    path = TOY / "problems.jsonl" if name == "toy" else name
+    try:
+        if name.startswith("hub:"):
+            owner, repo, file = name[4:].split("/", 2)
+            path = hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset")
+        text = Path(path).read_text("utf-8-sig").strip()  # -sig: without a byte-order mark
+        if not text.startswith("["):
+            # one array of all lines, so that an error names the line
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+        return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, too
+        raise UserError(f"--data takes a .json or .jsonl file; {name}: {error}") from None
 
 
 def read_row(row: object) -> Problem:
@@ -1018,126 +991,28 @@ def read_row(row: object) -> Problem:
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     if "problem" in row:
-        return Problem(*(read_text(row, name) for name in ("problem", "solution", "answer")))
-    question, worked = read_text(row, "question"), read_text(row, "answer")
-    _, mark, answer = worked.rpartition("####")
-    if not mark or not answer.strip():
-        raise ValueError("field 'answer' does not end in '#### ANSWER' and there is no 'problem'")
-    return Problem(question, worked, answer.strip())
+        texts = row["problem"], row.get("solution") or "", row.get("answer")
+    else:
+        worked = row.get("answer")
+        texts = row.get("question"), worked, str(worked).rpartition("####")[2]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("needs the texts problem, solution, answer; or question, answer")
+    problem = Problem(*[text.strip() for text in texts])
+    if not problem.question or not problem.answer:
+        raise ValueError("has no question, or no answer (GSM8K's stands behind ####)")
+    "".join(problem).encode()  # half of a surrogate pair fails here, not later in the tokenizer
+    return problem
 
 
-def read_text(row: dict, name: str) -> str:
-    value = row.get(name)
-    # answers are often written as bare numbers
-    if type(value) in (int, float):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"field {name!r} is missing, empty or not text")
-    value.encode()  # half of a surrogate pair fails here, not hours later in the tokenizer
-    return value.strip()
+def next_problems(problems, seen, count, seed) -> list[tuple[int, Problem]]:
+    """The step's (number, problem). Each epoch is a shuffle that follows from the seed alone.
 
-
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, row) of a .json array or .jsonl file. A line that is not JSON yields None."""
-    try:
-        text = path.read_text("utf-8-sig")  # -sig: without a byte-order mark
-        # one array, or one object per line
-        whole = text.lstrip().startswith("[")
-        rows = json.loads(text) if whole else text.split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give --data a .json or .jsonl file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not UTF-8, or not JSON ({error}); is the file cut off?") from None
-    for number, row in enumerate(rows, 1):
-        if whole:
-            yield f"{path}, row {number}", row
-        elif row.strip():
-            yield f"{path}, line {number}", read_json(row)
-
-
-def read_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def find_data(name: str) -> Path:
-    """The local path of --data; hub:owner/name/file is downloaded once, into the hub's cache."""
-    if not name.startswith("hub:"):
-        return Path(name)
-    owner, repo, file = (name[4:].split("/", 2) + ["", ""])[:3]
-    try:
-        path = huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset")
-    except Exception as error:  # the hub's client raises a dozen types
-        raise UserError(
-            f"cannot load {name} ({first_line(error)}); give --data a local file"
-        ) from None
-    return Path(path)
-
-
-def read_problems(
-    cfg: Config, chat: Chat
-) -> tuple[dict[str, tuple[Problem, dict]], dict[str, int]]:
-    """({normalised question: (problem, its row)}, rows dropped by reason)."""
-    found = {}
-    dropped = {"duplicate": 0, "without a solution": 0, "bad": 0}
-    for where, row in progress(read_rows(find_data(cfg.data)), desc="read"):
-        if isinstance(row, dict) and row.get("solution") == "":
-            dropped["without a solution"] += 1  # DeepScaleR has many
-            continue
-        try:
-            problem = read_row(row)
-            prompt = chat.encode(FORMATS[cfg.prompts].student(problem.question))
-            if len(prompt) + cfg.max_new_tokens > chat.window:
-                raise ValueError(f"and --max-new-tokens exceed the model's window of {chat.window}")
-        except (ValueError, UserError) as error:
-            if not cfg.skip_bad_rows:
-                raise UserError(
-                    f"{where}: {error}; correct the row or add --skip-bad-rows"
-                ) from None
-            dropped["bad"] += 1
-            continue
-        # the same question twice would leak from training into the test
-        key = normalise(problem.question)
-        if key in found:
-            dropped["duplicate"] += 1
-        else:
-            found[key] = (problem, row)
-    return found, dropped
-
-
-class Split(NamedTuple):
-    """Problems by use. No two have the same normalised question, within a part or across."""
-
-    train: list[Problem]
-    validation: list[Problem]
-    test: list[Problem]
-    dropped: dict[str, int]  # rows, by reason
-
-
-def load_problems(cfg: Config, chat: Chat) -> Split:
-    """Read and split --data. The split follows from the set of questions, not from their order."""
-    found, dropped = read_problems(cfg, chat)
-    test, held_out = cfg.test_problems, cfg.test_problems + cfg.validation_problems
-    if len(found) <= held_out:
-        raise UserError(
-            f"{cfg.data}: {len(found)} distinct problems (dropped: {format_counts(dropped)}) leave "
-            f"none to train on beside {held_out} held out; lower --test-problems"
-        )
-    keys = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
-    problems = [found[key][0] for key in keys]
-    return Split(problems[held_out:], problems[test:held_out], problems[:test], dropped)
-
-
-def next_problems(problems: list[Problem], seen: int, cfg: Config) -> list[tuple[int, Problem]]:
-    """The step's (position, problem). Each epoch is a shuffle that follows from the seed alone."""
+    Numbers count through the epochs, so a resumed run goes on where it was.
+    """
     chosen = []
-    # positions count through the epochs, so a resumed run goes on where it was
-    for position in range(seen, seen + cfg.attempts_per_step // cfg.attempts_per_problem):
-        epoch, index = divmod(position, len(problems))
-        order = epoch_order(len(problems), cfg.seed, epoch)
-        chosen.append((position, problems[order[index]]))
+    for number in range(seen, seen + count):
+        epoch, index = divmod(number, len(problems))
+        chosen.append((number, problems[epoch_order(len(problems), seed, epoch)[index]]))
     return chosen
 
 
@@ -1146,401 +1021,334 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def format_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{n} {what}" for what, n in counts.items())
+# ---- 11. Models. ---------------------------------------------------------------------------------
+
+TOY = Path(__file__).resolve().parent / "toy"
+
+# a template that writes today's date would change every prompt at midnight
+FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
 
 
-# ---- 12. Reward. ---------------------------------------------------------------------------------
+@dataclass
+class Chat:
+    """A causal language model with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    template: str
+    end_ids: list[int]  # any of them ends a response; the first one also pads
+    window: int  # tokens of prompt and response together
+    reserved: re.Pattern  # matches the first character of each token that only the template writes
+    opens_thought: bool  # the template's header of a reply has begun a thought
+
+    @property
+    def head(self) -> Tensor:
+        """(V, H): logits = hidden @ head.T."""
+        return self.model.get_output_embeddings().weight
+
+    def render(self, messages: list[dict], thinking: bool = False, reply: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False,
+            add_generation_prompt=reply, enable_thinking=thinking,
+        )  # fmt: skip
+
+    def encode(self, messages: list[dict], thinking: bool = False) -> list[int]:
+        """Ids of a conversation, up to and including the header of the reply."""
+        # a space inside the name of a special token keeps a text from ending its own turn
+        safe = [{**m, "content": self.reserved.sub(r"\g<0> ", m["content"])} for m in messages]
+        text = self.render(safe, thinking)
+        # the template has already written the special tokens
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # a tokenizer without byte fallback maps every unknown character to one token
+        unknown = self.tokenizer.unk_token_id
+        if unknown in ids and unknown not in self.end_ids:
+            raise UserError(f"the tokenizer of --model has no tokens for {text[:80]!r}")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def reply(self, ids: list[int]) -> str:
+        """What follows the model's thinking, whose marks may be special tokens."""
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = strip_thinking("<think>" + text if self.opens_thought else text)
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text.strip()
 
 
-def as_number(text: str) -> Fraction | None:
-    """`1,234`, `-3/4`, `\\frac{3}{4}`, `$5.50`, `12%`: the exact number; else None.
-
-    Units in \\text{} are ignored.
-    """
-    # a unit becomes a space; \$ and {,} are LaTeX for $ and ,
-    text = re.sub(r"\\text\{[^{}]*\}", " ", text[:1001]).strip()
-    text = text.replace("\\$", "").replace("{,}", ",")
-    # 1 1/2 is not 11/2, and 1, 234 is not 1234
-    if len(text) > 1000 or re.search(r"\d\s*\\[dt]?frac|\d,?\s+\d", text):
-        return None
-    # LaTeX fractions become a/b
-    text = re.sub(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}", r"\1/\2", text)
-    text = re.sub(r"\\[!,;: ]|[\s$]", "", text).rstrip(".")
-    divisor = 100 if text.endswith("%") else 1
-    text = text.removesuffix("%").removesuffix("\\")
-    # 1,234 is a number, 12,34 is not
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    number = r"[-+]?(\d{1,40}(\.\d{1,40})?|\.\d{1,40}|\d{1,40}/0*[1-9]\d{0,39})"
-    return Fraction(text) / divisor if re.fullmatch(number, text) else None
-
-
-def is_correct(text: str, answer: str, grader: str) -> bool:
-    """Whether a response ends in this answer. Reward and evaluation use it alike."""
-    found = extract_answer(text)
-    if found is None:
-        return False
-    if normalise(found) == normalise(answer):
-        return True
-    # 0.5, 1/2 and 50% are equal
-    number, wanted = as_number(found), as_number(answer)
-    if number is not None and wanted is not None:
-        return number == wanted
-    if grader == "exact" or not (is_tame(found) and is_tame(answer)):
-        return False
-    import math_verify  # optional; check_config has made sure that it is installed
-
-    gold, response = math_verify.parse(f"${answer}$"), math_verify.parse(f"${found}$")
-    return bool(math_verify.verify(gold, response))
-
-
-def is_tame(text: str) -> bool:
-    """math-verify computes what it reads: power towers, large factorials, deep nesting hang it."""
-    brackets = text.count("(") + text.count("{") + text.count("[")
-    # a power of a power; a power in an exponent; a long exponent, factorial or number
-    wild = re.search(r"\^[\d(){}]*\^|\^\{[^{}]*\^|\*\*|\^\{?-?\d{4}|\d{3}!|!!|\)!|\d{16}", text)
-    return len(text) < 100 and brackets < 12 and wild is None
-
-
-# ---- 13. Models. ---------------------------------------------------------------------------------
-
-
-def load_solver(cfg: Config) -> Chat:
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    return load_model(cfg.model, cfg.dtype, cfg.device)
-
-
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Chat:
+def load_model(name: str, cfg) -> Chat:
     """A frozen chat model from a folder or the hub. A UserError says why a model cannot be used."""
+    if cfg.preset == "toy":
+        torch.set_num_threads(1)  # its kernels are too small to share
+    # on H100 it plans anew for every length, and padded rows can give NaN
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device, dtype = cfg.device, cfg.dtype
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"argument --device: {device}: {first_line(error)}") from None
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    folder = TOY if name == "toy" else name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
     except Exception as error:  # the hub's client raises a dozen types
-        raise UserError(
-            f"cannot load model {name} ({first_line(error)}); name a local folder, or --preset toy"
-        ) from None
+        raise UserError(f"cannot load model {name} ({first_line(error)})") from None
+    try:
+        # frozen: gradients reach only what add_adapters adds
+        chat = make_chat(model.to(device).requires_grad_(False), tokenizer)
+        if cfg.gradient_checkpointing:
+            # the reentrant kind gives no gradient where its input, the embeddings, requires none
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        check_model(chat)
+    except (ValueError, RuntimeError, FloatingPointError, AssertionError) as error:
+        raise UserError(f"cannot use model {name}: {error}") from None
+    return chat
+
+
+def make_chat(model: nn.Module, tokenizer) -> Chat:
+    """Read template and end tokens. ValueError if the template does not say all that it is told."""
     if not tokenizer.chat_template:
-        raise UserError(f"{name} has no chat template; choose an instruction-tuned model")
-    # a chat model often has two end tokens, named in different files
+        raise ValueError("it has no chat template; choose an instruction-tuned model")
     config = model.config.get_text_config()
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    chat = Chat(model, tokenizer, template, [], window_of(config), re.compile("(?!)"), False)
+    probe = [user("first 1 < 2"), {"role": "assistant", "content": "second"}, user("third\nline")]
+    try:
+        text, turn = chat.render(probe), chat.render(probe[:2], reply=False)
+    except Exception as error:  # whatever the template raises
+        raise ValueError(f"its chat template fails ({first_line(error)})") from None
+    if any(message["content"] not in text for message in probe):
+        raise ValueError("its chat template drops or changes a message")
+
+    # is what follows the header of a reply part of a thought?
+    chat.opens_thought = strip_thinking(text + "x") == ""
+    # a chat model often has several end tokens, named in different files or only in its template
     end_ids = set()
     for source in (tokenizer, config, model.generation_config):
         stop = getattr(source, "eos_token_id", None)
         end_ids.update(stop if isinstance(stop, list) else [stop])
-    end_ids.discard(None)
-    if not end_ids:
-        raise UserError(f"{name} names no end token; set eos_token in its tokenizer_config.json")
-    # dropout would make the student differ from the teacher by noise
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
-    # some models have no limit
-    window = getattr(config, "max_position_embeddings", 1 << 20)
-    # frozen: gradients reach only what add_adapters adds
-    chat = Chat(model.to(device).requires_grad_(False), tokenizer, sorted(end_ids), window)
-    if not has_plain_head(chat):
-        raise UserError(
-            f"{name} caps, scales or biases its logits, which the fused loss does not; choose "
-            "another --model"
-        )
+    added = tokenizer.added_tokens_decoder
+    behind = tokenizer(turn.rpartition("second")[2], add_special_tokens=False)["input_ids"]
+    end_ids.update(i for i in behind[:1] if i in added)
+    chat.end_ids = sorted(end_ids - {None})
+    if not chat.end_ids:
+        raise ValueError("it names no end token")
+    written = tokenizer(text, add_special_tokens=False)["input_ids"]
+    names = []
+    for i, token in added.items():
+        if token.content.strip() and (token.special or i in written):
+            names.append(re.escape(token.content))
+    if names:
+        chat.reserved = re.compile(f"(?={'|'.join(names)}).")
     return chat
 
 
+def window_of(config) -> int:
+    """The longest row. Some rotary embeddings change for all rows where one is longer than this."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        own = getattr(config, "original_max_position_embeddings", None)
+        return rope.get("original_max_position_embeddings") or own or config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", None) or 1 << 20  # some have no limit
+
+
 @torch.no_grad()
-def has_plain_head(chat: Chat) -> bool:
-    """Whether logits = h Wᵀ, as the fused loss assumes."""
-    if getattr(chat.model.config.get_text_config(), "final_logit_softcapping", None):
-        return False
-    ids = torch.arange(4, device=chat.model.device)[None]
-    # the head may be scaled or biased
-    plain = chat.model.base_model(input_ids=ids).last_hidden_state @ chat.head.T
-    # bfloat16 has three digits
-    tolerance = 0.02 * plain.abs().max().item()
-    return torch.allclose(chat.model(input_ids=ids).logits, plain, rtol=0.02, atol=tolerance)
+def check_model(chat) -> None:
+    """ValueError unless the model fits the fused loss, the sampler and the adapters.
 
+    Its logits must be h Wᵀ, and the sampler must draw from what the training pass scores: without
+    that a run would go on and be wrong.
+    """
+    model, head = chat.model, chat.model.get_output_embeddings()
+    if model.base_model is model or head is None:
+        raise ValueError("it has no decoder apart from its head")
+    if getattr(head, "bias", None) is not None:
+        raise ValueError("its head has a bias, which the fused loss does not know")
+    parameters = [id(p) for _, p in model.get_decoder().named_parameters(remove_duplicate=False)]
+    if len(set(parameters)) < len(parameters):
+        # in the export each would get the adapters of all
+        raise ValueError("some of its layers share their weights")
 
-def halve_rows(job: Callable, chat: Chat, work: str, rows: int, flag: str):
-    """Run job(rows). If memory runs out, halve the rows and retry: only rounding changes."""
-    rows = min(rows, chat.max_rows.get(work, rows))
-    while True:
-        try:
-            return job(rows)
-        except torch.OutOfMemoryError:
-            pass  # the exception holds the job's tensors until this block is left
-        if rows == 1:
-            raise UserError(
-                f"out of memory with a single row of {work}; lower --max-new-tokens, --kl-chunk or "
-                "--critic-max-new-tokens and add --resume, or start again with a smaller model"
-            )
-        print(
-            f"WARNING: out of memory with {rows} rows of {work}; continues with {flag} {rows // 2}"
-        )
-        rows //= 2
-        chat.max_rows[work] = rows
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+    ids = torch.arange(4, device=model.device)[None]
+    own = model(input_ids=ids).logits.float()
+    plain = (model.base_model(input_ids=ids).last_hidden_state @ chat.head.T).float()
+    # a mean over all logits, so that rounding in bfloat16 does not hide a factor of 0.99
+    slope = (own * plain).sum() / (plain * plain).sum()
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if capped or not abs(slope - 1) < 0.002:
+        raise ValueError("it caps or scales its logits, which the fused loss does not know")
+
+    # left padding, positions and cache on one side; right padding, no cache on the other
+    prompts = [[0, 1, 2, 3], list(range(10))]
+    uniforms = np.random.default_rng(0).random((2, 8), np.float32)
+    drawn = generate(chat, prompts, [8, 8], 2, uniforms)
+    set_training(model, True)
+    hidden = response_hidden(chat, prompts, [ids for ids, _ in drawn])
+    entropy = torch.special.entr(log_probs(hidden, chat.head, 1.0).exp()).sum(-1)
+    scored = [part.mean().item() for part in entropy.split([len(ids) for ids, _ in drawn])]
+    tolerance = 1e-3 if chat.head.dtype == torch.float32 else 0.05
+    if not np.allclose(scored, [sampled for _, sampled in drawn], rtol=0, atol=tolerance):
+        raise ValueError("its cached decoding differs from its training pass")
 
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:150]
 
 
-def load_critic(cfg: Config, chat: Chat) -> Critic:
-    """The critic that --critic names. `chat` is the solver, for `self`."""
-    length = cfg.critic_max_new_tokens or 2 * cfg.max_new_tokens
-    if is_url(cfg.critic):
-        urls = [url.strip() for url in cfg.critic.split(",")]
-        return HTTPCritic(urls, cfg.critic_model, length)
-    frozen = chat if cfg.critic == "self" else load_model(cfg.critic, cfg.dtype, cfg.device)
-    if not cfg.critic_max_new_tokens:
-        length = min(length, frozen.window // 2)  # the other half is for the prompt
-    if length >= frozen.window:
-        raise UserError(
-            f"argument --critic-max-new-tokens: must be below the critic's window, {frozen.window}"
-        )
-    return LocalCritic(frozen, length, cfg.sample_batch)
+# ---- 12. Run folder: log.jsonl, checkpoint.pt (the last), best.pt, and at the end two exports. ---
 
 
 @dataclass
-class HTTPCritic:
-    """OpenAI-compatible chat completions (vLLM, SGLang, a hosted API), on one or more servers."""
+class Run:
+    """Where a run stands, and its folder."""
 
-    urls: list[str]
-    model: str
-    max_new_tokens: int
-    parallel: int = 16  # requests at once
-    timeout: float = 600.0  # seconds for one reply
-    tries: int = 4  # in all with one server; each further server adds one
-    pause: float = 1.0  # seconds before the first retry of a failed server; doubles each time
-    last_error: str = ""
+    cfg: Config
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    fingerprint: str  # of the problems
+    log: object = None  # log.jsonl, opened and locked by rank 0
+    step: int = 0  # optimiser steps taken
+    seen: int = 0  # training problems seen
+    best: float = -1.0  # best validation accuracy
 
-    def __call__(self, conversations: list[list[dict]]) -> list[Reply]:
-        self.last_error = ""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            replies = pool.map(self.ask, itertools.count(), conversations)
-            return list(progress(replies, total=len(conversations), desc="critic"))
+    def write(self, entry: dict) -> None:
+        """A line of the log. After --resume a step may stand there twice: the last counts."""
+        if rank() == 0:
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
 
-    def ask(self, number: int, messages: list[dict]) -> Reply:
-        """Request `number` starts at server number `number`, and goes on to the next if that fails.
-
-        A reply can be anything, so any exception in reading it counts as a failure of that reply.
-        """
-        servers = len(self.urls)
-        for k in range(servers + self.tries - 1):
-            if k >= servers:
-                time.sleep(self.pause * 2 ** (k - servers))
-            try:
-                return self.post(self.urls[(number + k) % servers], messages)
-            except Exception as failure:
-                error = failure
-        self.last_error = first_line(error)
-        return Reply(None, 0)
-
-    def post(self, url: str, messages: list[dict]) -> Reply:
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self.max_new_tokens,
-        }
-        request = urllib.request.Request(
-            url.rstrip("/") + "/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        # The key is read here and stored nowhere: no config, log or message holds it. A line end in
-        # it would be quoted in an error. An unredirected header is not sent on to another address.
-        key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        if key:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            reply = json.loads(response.read())
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text = choice["message"]["content"]
-        if not isinstance(text, str | None):
-            raise TypeError("content is not text")
-        if choice.get("finish_reason") == "length":
-            text = None  # cut off
-        return Reply(text, int(usage.get("completion_tokens") or 0))
+    def save(self, name: str) -> None:
+        """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
+        if rank() == 0:
+            state = {
+                "config": asdict(self.cfg),
+                "fingerprint": self.fingerprint,
+                "state": (self.step, self.seen, self.best),
+                "adapters": adapters(self.model),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            path = Path(self.cfg.out, name)
+            torch.save(state, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        all_sum(0)  # a barrier: torchrun would kill this process if another one failed now
 
 
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
-
-
-# ---- 14. Run folder: log.jsonl, checkpoint.pt (the last), best.pt, model/. -----------------------
-
-NOTHING_SCORED = (
-    "for 3 steps there was no valid context that fits the window, so nothing was learnt; the run "
-    "is saved. Change --critic (for reference: --data), then add --resume"
-)
-
-
-STATE = ("step", "seen", "best")  # of a Run, in its checkpoint
-
-
-def open_folder(run: Run) -> None:
-    """A new run folder; with --resume the one that is there, whose state goes into `run`."""
-    if run.cfg.resume:
-        restore(run)
-        return
+def open_run(cfg, chat, optimizer, problems) -> Run:
+    """A new run folder; with --resume the one that is there, and its state."""
+    run = Run(cfg, chat.model, optimizer, problems.fingerprint)
+    folder = Path(cfg.out)
+    if cfg.resume:
+        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        load_adapters(chat, checkpoint, problems)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr  # load_state_dict brings the old one, but --lr may be new
+        run.step, run.seen, run.best = checkpoint["state"]
     if rank() == 0:
-        make_folder(Path(run.cfg.out))
+        if (folder / "log.jsonl").exists():
+            lock(folder / "log.jsonl").close()
+            if not cfg.resume:
+                number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
+                folder.rename(f"{folder}.{number}")
+                print(f"{folder} existed and was moved to {folder}.{number}")
+        elif not cfg.resume and folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out {folder} exists and is not a run folder; name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        run.log = lock(folder / "log.jsonl")
+        if cfg.resume:
+            run.log.write("\n")  # ends a line that a kill cut off
     # what a reader needs to repeat the run
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    write_log(run, {"config": asdict(run.cfg), "versions": versions, "commit": code_commit()})
-    save_checkpoint(run, "checkpoint.pt")  # so that --resume works from the first step on
+    run.write({"config": asdict(cfg), "versions": versions})
+    run.save("checkpoint.pt")  # so that --resume works from the first step on
+    return run
 
 
-def code_commit() -> str | None:
-    """The commit of this file if it is in a git repository, with a + if anything was changed."""
-    # --exclude: tags are ignored, so that it is always the hash
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    git += ["describe", "--always", "--exclude=*", "--dirty=+"]
+def lock(path: Path):
+    """Open a log for a run, unless another process is writing it."""
+    file = open(path, "a", encoding="utf-8")
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        import fcntl  # not on Windows
 
-
-def make_folder(folder: Path) -> None:
-    """An old run is moved aside. Any other folder that is not empty is an error."""
-    if (folder / "log.jsonl").exists():
-        number = 1
-        while Path(f"{folder}.{number}").exists():
-            number += 1
-        folder.rename(f"{folder}.{number}")
-        print(f"{folder} existed and was moved to {folder}.{number}")
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--out {folder} exists and is not a run folder; name another")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def write_log(run: Run, entry: dict) -> None:
-    if rank() == 0:
-        with open(Path(run.cfg.out, "log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def save_checkpoint(run: Run, file_name: str) -> None:
-    """Atomic: a kill or a full disk at any moment leaves the old file or the new one."""
-    if rank() == 0:
-        state = {
-            "config": asdict(run.cfg),
-            "state": {name: getattr(run, name) for name in STATE},
-            "adapters": adapters(run.chat.model),
-            "optimizer": run.optimizer.state_dict(),
-            "log_size": Path(run.cfg.out, "log.jsonl").stat().st_size,
-        }
-        # serialised in memory first: on a full disk torch.save raises no OSError
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        partial = Path(run.cfg.out, file_name + ".tmp")
-        partial.write_bytes(buffer.getvalue())
-        os.replace(partial, Path(run.cfg.out, file_name))
-    barrier()  # if another process failed now, torchrun would kill this one while it writes
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        raise UserError(f"a run is going on in {path.parent}; name another --out") from None
+    return file
 
 
 def load_checkpoint(path: Path) -> dict:
-    """{config, state, adapters, optimizer, log_size}. The file may be anyone's.
+    """{config, fingerprint, state, adapters, optimizer}. The file may be anyone's.
 
-    weights_only: nothing in it can run code. Its config is checked like a command line.
+    weights_only: nothing in it can run code.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         # a knob that this version does not know is an error
         checkpoint["config"] = Config(**checkpoint["config"])
-        check_config(checkpoint["config"])
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"cannot read {path} ({first_line(error)})") from None
+    check_config(checkpoint["config"])
     return checkpoint
 
 
-def load_adapters(chat: Chat, checkpoint: dict) -> None:
-    """Copy a checkpoint's adapters into the model."""
-    saved, trained = checkpoint["adapters"], adapters(chat.model)
-    shapes = [{name: p.shape for name, p in weights.items()} for weights in (saved, trained)]
-    if shapes[0] != shapes[1]:
-        raise UserError("the checkpoint's adapters do not fit; were --model or --lora-rank others?")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(saved[name])
+def load_adapters(chat, checkpoint: dict, problems) -> None:
+    """Copy a checkpoint's adapters into the model; UserError if model or problems are others."""
+    if checkpoint["fingerprint"] != problems.fingerprint:
+        raise UserError("--data has other problems than the run: it might test on what was trained")
+    if checkpoint["adapters"].keys() != adapters(chat.model).keys():
+        raise UserError("the checkpoint's adapters do not fit; was --model another?")
+    chat.model.load_state_dict(checkpoint["adapters"], strict=False)
 
 
-def restore(run: Run) -> None:
-    """Continue from the last checkpoint. There is no other random state, so the run repeats."""
-    checkpoint = load_checkpoint(Path(run.cfg.out, "checkpoint.pt"))
-    load_adapters(run.chat, checkpoint)
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.cfg.lr  # load_state_dict brings the old one, but --lr may be new
-    for name in STATE:
-        setattr(run, name, checkpoint["state"][name])
-    if rank() == 0:
-        # the steps after the checkpoint are taken, and logged, once more
-        os.truncate(Path(run.cfg.out, "log.jsonl"), checkpoint["log_size"])
+@torch.no_grad()
+def export(chat, cfg) -> None:
+    """OUT/adapter in PEFT's format, and OUT/model, float32 and merged, for from_pretrained.
 
-
-def export(run: Run) -> None:
-    """OUT/model, for from_pretrained. Call it last: it adds the adapters to the weights.
-
-    With bfloat16 weights the sum is rounded, so OUT/model is close to the policy, not equal to it.
+    Call it last: it adds the adapters to the weights. Merged into bfloat16 weights, a small adapter
+    would be rounded away.
     """
     if rank():
         return
-    model, folder = run.chat.model, Path(run.cfg.out, "model")
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, LoRALinear):
-                layer.weight.copy_(layer.weight.float() + layer.scale * layer.B @ layer.A)
-                layer.B.zero_()
+    layers, factors = lora_layers(chat.model), {}
+    for name, layer in layers.items():
+        factors[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach().cpu()
+        factors[f"base_model.model.{name}.lora_B.weight"] = layer.B.detach().cpu()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.model,
+        "r": cfg.lora_rank,
+        "lora_alpha": cfg.lora_alpha,
+        "target_modules": list(layers),
+    }
+    folder = Path(cfg.out, "adapter")
+    folder.mkdir(exist_ok=True)
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
+
+    chat.model.float()
+    for layer in layers.values():
+        layer.weight += layer.scale * layer.B @ layer.A
     # the rest has the names and shapes of the loaded model
-    weights = model.state_dict()
-    for name in adapters(model):
-        del weights[name]
-    model.save_pretrained(folder, state_dict=weights)
-    run.chat.tokenizer.save_pretrained(folder)
+    trained = adapters(chat.model)
+    weights = {name: w for name, w in chat.model.state_dict().items() if name not in trained}
+    chat.model.save_pretrained(Path(cfg.out, "model"), state_dict=weights)
+    chat.tokenizer.save_pretrained(Path(cfg.out, "model"))
 
 
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[list[int]]:
-    """Inside, the first Ctrl-C only fills the list: the step in flight is finished and saved."""
-    pressed = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(number, frame):
-        # a second Ctrl-C kills at once: KeyboardInterrupt would wait for the http threads
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        pressed.append(number)
-        if rank() == 0:
-            print("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# ---- 15. Measure and evaluate. -------------------------------------------------------------------
+# ---- 13. Measure and evaluate. -------------------------------------------------------------------
 
 EVAL_SEED = 1_000_003  # of every evaluation: base and runs draw the same random numbers
 
 
-def evaluate(chat: Chat, problems: list[Problem], cfg: Config) -> list[list[Rollout]]:
+def evaluate(chat, problems, cfg) -> list[list[Rollout]]:
     """cfg.eval_samples attempts at each problem, a list for each.
 
     A problem's random numbers follow from EVAL_SEED and its place in the list. Under torchrun each
@@ -1559,93 +1367,67 @@ def accuracy(groups: list[list[Rollout]]) -> tuple[float, float]:
     return float(right.mean()), float(right.max(1).mean())
 
 
-def validate(run: Run, rollouts: list[Rollout]) -> None:
-    """Evaluate on the validation problems; best.pt keeps the best adapters so far."""
-    avg, _ = accuracy(evaluate(run.chat, run.problems.validation, run.cfg))
-    drift = kl_to_base(run.chat, rollouts, run.cfg)
-    write_log(run, {"step": run.step, "validation_avg": avg, "kl_base": drift})
-    print(f"validation Avg@{run.cfg.eval_samples} {100 * avg:.1f}, KL to the base {drift:.4f}")
+def validate(run: Run, chat, rollouts, problems) -> None:
+    """Evaluate on the validation problems; best.pt keeps the best adapters so far.
+
+    Logged as well: the mean KL(policy‖base) over the step's attempts, nats per token, where both
+    read the student's prompt. A sudden rise is the usual first sign of a collapse.
+    """
+    avg, _ = accuracy(evaluate(chat, problems, run.cfg))
+    kl, tokens = 0.0, 0
+    for r in rollouts:
+        with torch.no_grad():
+            h_policy = response_hidden(chat, [r.prompt], [r.ids])
+            with adapters_off(chat.model):
+                h_base = response_hidden(chat, [r.prompt], [r.ids])
+        ids = torch.tensor(r.ids, device=h_policy.device)
+        unused = torch.zeros_like(ids)  # advantages
+        losses, _ = fused_loss(
+            h_policy, h_base, chat.head, ids, unused, kl_student_teacher, run.cfg.temperature
+        )
+        kl, tokens = kl + losses.sum().item(), tokens + len(ids)
+    kl = all_sum(kl) / all_sum(tokens)
+    run.write({"step": run.step, "validation_avg": avg, "kl_base": kl})
+    print(f"validation Avg@{run.cfg.eval_samples} {100 * avg:.1f}, KL to the base {kl:.4f}")
     if avg > run.best:
         run.best = avg
-        save_checkpoint(run, "best.pt")
+        run.save("best.pt")
 
 
-@torch.no_grad()
-def kl_to_base(chat: Chat, rollouts: list[Rollout], cfg: Config) -> float:
-    """Mean KL(policy‖base), nats per token, over the attempts of the step just taken.
-
-    Both read the student's prompt. A sudden rise is the usual first sign of a collapse.
-    """
-    total, tokens = 0.0, 0
-    rows = min(cfg.micro_batch, chat.max_rows.get("rollouts", cfg.micro_batch))
-    for start in range(0, len(rollouts), rows):
-        part = rollouts[start : start + rows]
-        same = [replace(r, teacher_prompt=r.prompt, scored_length=None) for r in part]
-        _, kl, _ = score(chat, same, kl_student_teacher, cfg, base_weights)
-        total += kl.sum().item()
-        tokens += len(kl)
-    return all_sum(total) / max(1, all_sum(tokens))
-
-
-def measure(rollouts: list[Rollout], cfg: Config) -> dict[str, float]:
-    """What a step's rollouts show, for the log. The README's glossary explains each name."""
+def measure(rollouts, cfg) -> dict[str, float]:
+    """What a step's rollouts show, for the log. The README explains the names that it prints."""
     rollouts = gather(rollouts)
-    n, tokens = len(rollouts), sum(len(r.sample.ids) for r in rollouts)
-    scored = [r for r in rollouts if r.teacher_prompt or not cfg.has_teacher]
-    copied = []
-    if CONDITIONS[cfg.condition].asks_critic:
-        for r in scored:
-            copied += copied_steps(r.text, r.context, cfg)
+    n, tokens = len(rollouts), sum(len(r.ids) for r in rollouts)
+    scored = [r for r in rollouts if r.teacher_prompt or cfg.condition == "grpo"]
     # binary rewards: an advantage is 0 only where all rewards of its group are equal
-    flat = 0 if cfg.has_teacher else sum(r.advantage == 0 for r in rollouts)
+    flat = sum(r.advantage == 0 for r in rollouts) if cfg.condition == "grpo" else 0
     return {
         "accuracy": sum(r.reward for r in rollouts) / n,
         "length": tokens / n,
-        "truncated": sum(r.sample.truncated for r in rollouts) / n,
-        "entropy": sum(r.sample.entropy for r in rollouts) / n,
+        "truncated": sum(r.truncated for r in rollouts) / n,
+        "entropy": sum(r.entropy for r in rollouts) / n,
         "scored": len(scored),
-        "scored_tokens": sum(len(r.scored_ids) for r in scored),
-        "critic_failed": n - len(scored),
-        "copied": sum(copied) / max(1, len(copied)),
+        "unscored": n - len(scored),
         "zero_variance": flat / n,
         "solver_tokens": tokens,
         "critic_tokens": sum(r.critic_tokens for r in rollouts),
     }
 
 
-def copied_steps(text: str, critique: str, cfg: Config) -> list[bool]:
-    """For each step of a critique: is it an exact copy of a step of the attempt?"""
-    find_steps = FORMATS[cfg.prompts].find_steps
-    attempted = find_steps(text)
-    return [step in attempted for step in find_steps(critique)]
+@torch.no_grad()
+def token_advantages(chat, r, cfg) -> Tensor:
+    """Eq (2) at every token of a response, (T,) nats, with what is in r.teacher_prompt."""
+    h_student, h_teacher, ids, _ = forward(chat, [r])
+    advantages = []
+    # 64 tokens at a time: (T, V) may be gigabytes
+    for hs, ht, y in zip(h_student.split(64), h_teacher.split(64), ids.split(64)):
+        log_p = log_probs(hs, chat.head, cfg.temperature)
+        log_q = log_probs(ht, chat.head, cfg.temperature)
+        advantages.append(of_drawn(log_q - log_p, y))
+    return torch.cat(advantages)
 
 
-@contextlib.contextmanager
-def timed(cost: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds spent inside, into cost[name]."""
-    start = time.perf_counter()
-    yield
-    cost[name] = round(time.perf_counter() - start, 3)
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: the CUDA allocator's peak, or the process's; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0.0
-    # bytes on macOS, KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# ---- 16. What is printed. ------------------------------------------------------------------------
-
-
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+# ---- 14. What is printed. ------------------------------------------------------------------------
 
 
 def progress(items, **options) -> tqdm:
@@ -1653,251 +1435,186 @@ def progress(items, **options) -> tqdm:
     return tqdm(items, leave=False, delay=5, disable=True if rank() else None, **options)
 
 
-def printable(text: str) -> str:
-    """Without the control characters that a model or a file may hold."""
-    return "".join(c if c.isprintable() else "·" for c in text.replace("\n", "⏎"))
-
-
-def print_opening(run: Run) -> None:
-    trained = sum(p.numel() for p in adapters(run.chat.model).values())
-    frozen = sum(p.numel() for p in run.chat.model.parameters()) - trained
-    train, validation, test, dropped = run.problems
+def print_opening(chat, problems) -> None:
+    trained = sum(p.numel() for p in adapters(chat.model).values())
+    adapted = sum(layer.weight.numel() for layer in lora_layers(chat.model).values())
+    frozen = sum(p.numel() for p in chat.model.get_decoder().parameters()) - trained
+    frozen -= chat.model.get_input_embeddings().weight.numel()
     print(
-        f"{frozen:,} frozen and {trained:,} trained parameters on {run.chat.model.device} | "
-        f"{len(train)} train, {len(validation)} validation, {len(test)} test problems "
-        f"(dropped: {format_counts(dropped)})"
+        f"{trained:,} trained parameters adapt {adapted / frozen:.0%} of {frozen:,} on "
+        f"{chat.model.device} | {len(problems.train)} train, {len(problems.validation)} "
+        f"validation, {len(problems.test)} test problems "
+        f"(dropped: {problems.dropped})"
     )
+    if adapted < 0.8 * frozen:
+        print("WARNING: the other weights are no nn.Linear, and are not trained")
 
 
-def print_step(run: Run, entry: dict, rollouts: list[Rollout]) -> None:
+def print_step(chat, step: int, m: dict, rollouts, critic, cfg) -> None:
     """One line a step, a warning where one is due, and now and then an example."""
-    if rank():
-        return
-    m, cost, cfg = entry, entry["cost"], run.cfg
     print(
-        f"step {m['step']:4d}/{cfg.steps} loss {m['loss']:8.4f} "
-        f"grad {m['grad_norm']:6.3f} acc {m['accuracy']:4.0%} len {m['length']:6.1f} "
-        f"trunc {m['truncated']:4.0%} entropy {m['entropy']:5.3f} failed {m['critic_failed']:2d} "
-        f"copied {m['copied']:4.0%} flat {m['zero_variance']:4.0%} "
-        f"{cost['sample_s']:.2f}+{cost['critic_s']:.2f}+{cost['train_s']:.2f} s "
-        f"{cost['peak_mib']:.0f} MiB, {time_left(run)} left",
-        flush=True,
+        f"step {step:4d}/{cfg.steps} loss {m['loss']:8.4f} grad {m['grad_norm']:6.3f} "
+        f"acc {m['accuracy']:4.0%} len {m['length']:6.1f} trunc {m['truncated']:4.0%} "
+        f"entropy {m['entropy']:5.3f} failed {m['unscored']:2d} "
+        f"flat {m['zero_variance']:4.0%} "
+        f"{m['sample_s']:.2f}+{m['context_s']:.2f}+{m['update_s']:.2f} s"
     )
     if m["truncated"] > 0.5:
-        print(
-            f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens "
-            f"{cfg.max_new_tokens}, and most of those count as wrong"
-        )
-    if 2 * m["critic_failed"] > cfg.attempts_per_step:
-        reason = getattr(run.critic, "last_error", "") or "empty, cut off, no answer, or too long"
-        print(
-            f"WARNING: {m['critic_failed']} of {cfg.attempts_per_step} contexts are left out "
-            f"({printable(reason)})"
-        )
-    if rollouts and cfg.show_every and (m["step"] == 1 or is_due(m["step"], cfg.show_every)):
+        print(f"WARNING: {m['truncated']:.0%} of the attempts were cut at --max-new-tokens")
+    if critic and critic.last_error:
+        print(f"WARNING: {printable(critic.last_error)}")
+    if rollouts and (step == 1 or step % 10 == 0):
         wrong = [r for r in rollouts if not r.reward]
-        print_example(run.chat, (wrong or rollouts)[0], cfg)
+        print_example(chat, (wrong or rollouts)[0], cfg)
 
 
-def time_left(run: Run) -> str:
-    """From the median of the last steps, so that one slow step does not count."""
-    left = (run.cfg.steps - run.step) * np.median(run.seconds[-20:])
-    if left >= 3600:
-        return f"{left // 3600:.0f} h {left % 3600 // 60:02.0f}"
-    return f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
-
-
-def print_example(chat: Chat, r: Rollout, cfg: Config) -> None:
+def print_example(chat, r, cfg) -> None:
     """One problem, attempt and context, and the five tokens with the largest |A_t|."""
-    outcome = "right" if r.reward else "wrong"
-    lines = [
-        f"problem    {r.problem.question}   [answer {r.problem.answer}]",
-        f"attempt    {r.text}   [{outcome}]",
-    ]
-    if cfg.has_teacher:
-        lines.append(f"{cfg.condition:10s} {r.context or 'none that is valid'}")
+    print(f"  problem    {printable(r.problem.question)}   [answer {printable(r.problem.answer)}]")
+    print(f"  attempt    {printable(r.text)}   [{'right' if r.reward else 'wrong'}]")
+    if cfg.condition == "grpo":
+        print(f"  advantage  {r.advantage:+.2f} for each of its {len(r.ids)} tokens   [eq (3)]")
     else:
-        lines.append(
-            f"advantage  {r.advantage:+.2f} for each of its {len(r.sample.ids)} tokens [eq (3)]"
-        )
+        print(f"  {cfg.condition:10s} {printable(r.context or 'none that is valid')}")
     if r.teacher_prompt:
-        a = token_advantages(chat, [r], cfg)[0]
+        a = token_advantages(chat, r, cfg)
         moved = []
         # in the order in which they stand in the attempt
         for t in sorted(a.abs().topk(min(5, len(a))).indices.tolist()):
-            moved.append(f"{chat.tokenizer.decode([r.sample.ids[t]])!r} at {t} {a[t]:+.2f}")
-        lines.append(f"moved      {', '.join(moved)}   [A_t of eq (2), nats]")
-    for line in lines:
-        print("  " + printable(line))
+            moved.append(f"{chat.tokenizer.decode([r.ids[t]])!r} at {t} {a[t]:+.2f}")
+        print(f"  moved      {', '.join(moved)}   [A_t of eq (2) after the step, nats]")
 
 
-@torch.no_grad()
-def token_advantages(chat: Chat, rollouts: list[Rollout], cfg: Config) -> list[Tensor]:
-    """Eq (2) at every response token of each rollout, a list of (T,), nats. For display only."""
-    chat.model.eval()
-    # with the tokens after the first edit
-    whole = [replace(r, scored_length=None) for r in rollouts]
-    _, estimate, _ = score(chat, whole, kl_sampled, cfg, teacher_weights)  # −A at each token
-    return list((-estimate).split([len(r.sample.ids) for r in rollouts]))
+def printable(text: str) -> str:
+    """On one line, and without the control characters that a model or a file may hold."""
+    return "".join(c if c.isprintable() else "·" for c in text.replace("\n", "⏎"))
 
 
-def print_closing(run: Run) -> None:
+def print_closing(chat, problems, cfg) -> None:
     """Base → trained on held-out problems, both with the same random numbers."""
-    cfg, problems = run.cfg, run.problems.test[: run.cfg.final_problems]
-    with base_weights(run.chat.model):
-        before = accuracy(evaluate(run.chat, problems, cfg))
-    after = accuracy(evaluate(run.chat, problems, cfg))
+    with adapters_off(chat.model):
+        before = accuracy(evaluate(chat, problems, cfg))
+    after = accuracy(evaluate(chat, problems, cfg))
     print(f"held out: {len(problems)} problems × {cfg.eval_samples} attempts")
     for name, low, high in zip(("Avg", "Pass"), before, after):
         print(f"{name}@{cfg.eval_samples} {100 * low:.1f} → {100 * high:.1f}")
     print(f"with intervals: python eval.py {cfg.out}")
 
 
-# ---- 17. Command line. ---------------------------------------------------------------------------
-
-CHOICES = {
-    "condition": CONDITIONS,
-    "preset": ("auto", *PRESETS),
-    "prompts": FORMATS,
-    "grader": ("exact", "math-verify"),
-    "critic_style": STYLES,
-    "kl": DIVERGENCES,
-    "dtype": ("auto", "bfloat16", "float16", "float32"),
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line instead of a usage text."""
-
-    def error(self, message: str):
-        raise UserError(message)
+# ---- 15. Command line. ---------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         usage="python sd.py [--flag VALUE …]",
         description="Train a model on a critic's corrections of its own attempts.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    choices = {
+        "condition": [*CONTEXTS, "grpo"],
+        "preset": ["auto", *PRESETS],
+        "prompts": FORMATS,
+        "grader": ["exact", "math-verify"],
+        "critic_style": STYLES,
+        "kl": DIVERGENCES,
+        "dtype": ["auto", "bfloat16", "float32"],
+    }
     for knob_field in fields(Config):
-        name, text = knob_field.name, knob_field.metadata["help"]
-        if name in CHOICES:
-            text += ": " + ", ".join(CHOICES[name])
-        text += f" [{knob_field.default}"
+        name, default = knob_field.name, knob_field.default
+        text = f"{knob_field.metadata['help']} [{default}"
         for preset, values in PRESETS.items():
             if name in values:
                 text += f"; {preset}: {values[name]}"
         options = {"help": text.replace("%", "%%") + "]"}
-        if knob_field.type is bool:
+        if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = knob_field.type
-            options["metavar"] = knob_field.type.__name__.upper()
+            options["type"] = type(default)
+            options["choices"] = choices.get(name)
+            options["metavar"] = None if name in choices else type(default).__name__.upper()
         parser.add_argument("--" + name.replace("_", "-"), **options)
     return parser
 
 
 def parse_config(argv: list[str] | None) -> Config:
-    """A flag beats the preset, which beats the default. With --resume: see resumed_config."""
+    """A flag beats the preset, which beats the default; with --resume, the saved config."""
     given = vars(build_parser().parse_args(argv))
     if given.get("resume"):
-        return resumed_config(given)
-    # a model of the user's own, or a GPU, asks for the paper's numbers
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "qwen" if "model" in given or torch.cuda.is_available() else "toy"
-    cfg = replace(Config(), **{**PRESETS.get(preset, {}), **given, "preset": preset})
+        out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
+        saved = load_checkpoint(Path(out, "checkpoint.pt"))["config"]
+        if is_url(saved.critic) and "critic" not in given:
+            raise UserError("--resume: name the http --critic again; it will get your API key")
+        cfg = replace(saved, **{**given, "out": out})
+        for name in ("preset", "condition", "model", "lora_rank", "lora_alpha"):
+            if getattr(cfg, name) != getattr(saved, name):
+                raise UserError(f"--resume: a run keeps its {name}, {getattr(saved, name)}")
+    else:
+        # a model of the user's own, or a GPU, asks for the paper's numbers
+        preset = given.get("preset", "auto")
+        if preset == "auto":
+            preset = "qwen" if "model" in given or torch.cuda.is_available() else "toy"
+        cfg = replace(Config(), **{**PRESETS.get(preset, {}), **given, "preset": preset})
+        cfg = replace(cfg, out=cfg.out or f"runs/{cfg.condition}")
     check_config(cfg)
-    return replace(cfg, out=cfg.out or f"runs/{cfg.condition}")
-
-
-def resumed_config(given: dict) -> Config:
-    """The saved config with the given flags on top; a flag that differs from it is reported."""
-    out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
-    saved = load_checkpoint(Path(out, "checkpoint.pt"))["config"]
-    if given.get("preset", saved.preset) != saved.preset:
-        raise UserError("argument --preset: a run keeps its preset; give single flags instead")
-    if is_url(saved.critic) and "critic" not in given:
-        raise UserError(
-            "argument --critic: name the http critic again; the API key is sent to no address that "
-            "only a file names"
-        )
-    cfg = replace(saved, **{**given, "out": out})
-    check_config(cfg)
-    # the user may change anything, but sees what changed
-    for name in given:
-        if getattr(saved, name) != getattr(cfg, name) and name != "resume":
-            change = f"{name} {getattr(cfg, name)}, before it was {getattr(saved, name)}"
-            print(printable(f"resumed with {change}"))
     return cfg
 
 
-def check_config(cfg: Config) -> None:
+def check_config(cfg) -> None:
     """UserError for a value that is out of range, or that does not go with another."""
     for knob_field in fields(Config):
-        name, low = knob_field.name, knob_field.metadata["low"]
-        value = getattr(cfg, name)
-        flag = "argument --" + name.replace("_", "-")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"{flag}: {value!r} is not one of {', '.join(CHOICES[name])}")
+        low, value = knob_field.metadata["low"], getattr(cfg, knob_field.name)
         # nan and inf are out of range as well
         if low is not None and not low <= value < math.inf:
-            raise UserError(f"{flag}: must be at least {low}, not {value}")
-    if cfg.attempts_per_step % cfg.attempts_per_problem:
-        raise UserError(
-            f"argument --attempts-per-step: must be a multiple of --group-size {cfg.group_size}"
-        )
-    if cfg.eval_every and not cfg.validation_problems:
-        raise UserError("argument --eval-every: needs --validation-problems of at least 1")
-    if cfg.stop_at_first_edit and not CONDITIONS[cfg.condition].asks_critic:
-        raise UserError(
-            f"argument --stop-at-first-edit: --condition {cfg.condition} asks no critic"
-        )
-    if cfg.stop_at_first_edit and cfg.critic_style != "copy":
-        raise UserError("argument --stop-at-first-edit: needs --critic-style copy")
+            raise UserError(f"{knob_field.name}: must be at least {low}, not {value}")
+    if cfg.condition == "grpo" and cfg.attempts_per_step % cfg.group_size:
+        raise UserError("--attempts-per-step must be a multiple of --group-size")
     if is_url(cfg.critic) and not cfg.critic_model:
-        raise UserError(
-            "argument --critic: a URL needs --critic-model, the name of the model it serves"
-        )
-    if cfg.grader == "math-verify" and not importlib.util.find_spec("math_verify"):
-        raise UserError("argument --grader: pip install math-verify, or use --grader exact")
+        raise UserError("--critic: a URL needs --critic-model, the name of the model it serves")
+    if not isinstance(read_json(cfg.critic_params), dict):
+        raise UserError(f"--critic-params is no JSON object: {cfg.critic_params}")
+    if cfg.grader == "math-verify":
+        try:
+            check_math_verify()
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
-def prepare_output() -> None:
-    """Silence transformers, and replace characters that the output's encoding lacks."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for stream in (sys.stdout, sys.stderr):
-        # a notebook's streams have none
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+def read_json(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, else 1."""
-    prepare_output()
-    code = 1
+    """Exit code: 0; 2 for a mistake of the user's; 1 if memory ran out."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()  # a download of gigabytes must be seen
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         start_processes()
         cfg = parse_config(argv)
-        opening = f"preset {cfg.preset}: {cfg.condition}, model {cfg.model}, data {cfg.data}"
-        print(printable(f"{opening} → {cfg.out}"))
+        print(f"preset {cfg.preset}: {cfg.condition} on {cfg.model}, data {cfg.data} → {cfg.out}")
+        if cfg.preset == "qwen" and not torch.cuda.is_available():
+            print("WARNING: no GPU was found; on a CPU this preset takes days")
         train(cfg)
-        return 0
     except UserError as error:
-        code, message = 2, str(error)
-    except KeyboardInterrupt:
-        code = 130
-        message = "stopped; if training had begun, the same command with --resume continues"
+        print(f"sd.py: {error}", file=sys.stderr)
+        return 2
     except torch.OutOfMemoryError:
-        message = "out of memory; lower --sample-batch, --micro-batch or --kl-chunk, and --resume"
-    except FloatingPointError as error:
-        message = f"not finite: {error}. The last checkpoint is intact; use a lower --lr"
-    except OSError as error:  # disk full, folder not writable
-        message = f"{error}; if training had begun, continue with --resume"
-    print(f"sd.py: {printable(message)}", file=sys.stderr)
-    return code
+        print(
+            "sd.py: out of memory; lower --micro-batch or --sample-batch, and add --resume",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
