@@ -4,18 +4,20 @@ It copies an attempt word for word up to the first equation that contradicts the
 the right equation in its place, and finishes. If no equation does, the error is taken to be the
 sentence with the first number found in neither question nor solution, else the one with the answer.
 This separates two questions: what a faithful critique teaches a language model, and whether a model
-of its size can write one. It is also an example of a fork: two more rows in the table of
-conditions, and nothing else changes.
+of its size can write one. It is also an example of a fork: three more rows in the table of
+contexts, and nothing else changes.
 
 An equation contradicts the solution if it is not one of the solution's, so a right attempt at
 another route to the answer is left alone, and a wrong one is corrected where it leaves that route.
 
-  python assets/real/svamp.py sd.py --condition scripted --prompts plain --model FOLDER …
-  python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled
+  python assets/real/svamp.py sd.py --condition scripted --critic self --prompts plain …
+  python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled,copy
 
 scripted   the program's critique of the attempt
 shuffled   the program's critique of another problem's attempt: a control
 copy       the attempt itself, with nothing corrected: the other control
+
+None of them asks a model. sd.py loads a critic all the same, and --critic self costs nothing.
 """
 
 import re
@@ -25,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import eval as evaluation  # noqa: E402
 import sd  # noqa: E402
+from critic_prompts import as_number, extract_answer  # noqa: E402
 
 # a minus sign that follows a digit is an operator
 NUMBER = r"[$€]?\s*((?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?)"
@@ -66,7 +69,7 @@ def read_equations(text: str) -> set[tuple]:
     return {read_equation(match) for match in find_equations(text)}
 
 
-def find_unknown_number(r: sd.Rollout) -> int | None:
+def find_unknown_number(r) -> int | None:
     """Where the attempt states a number that neither the question nor the solution holds."""
     known = set()
     for match in re.finditer(NUMBER, f"{r.problem.question}\n{r.problem.solution}"):
@@ -79,7 +82,7 @@ def find_unknown_number(r: sd.Rollout) -> int | None:
     return None
 
 
-def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
+def correct(r, cfg) -> str | None:
     """The attempt, corrected; None if the program cannot do it.
 
     It cannot if it does not see where the attempt goes wrong, or if the answer comes before the
@@ -91,11 +94,11 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
     if wrong is None:
         # only an attempt that holds all equations lacks nothing but the answer
         complete = read_equations(r.problem.solution) <= read_equations(r.text)
-        if r.sample.truncated or not complete:
+        if r.truncated or not complete:
             return None
         return r.text.rstrip() + ending(r.text, r.problem.answer, cfg)
     copied, lines = r.text[:wrong], r.problem.solution.split("\n")
-    if sd.extract_answer(copied) is not None or copied.count("```") % 2:
+    if extract_answer(copied) is not None or copied.count("```") % 2:
         return None
     missing = [line for line in lines if not read_equations(line) <= read_equations(copied)]
     equations = ", ".join(missing) or lines[-1]
@@ -103,7 +106,7 @@ def correct(r: sd.Rollout, cfg: sd.Config) -> str | None:
     return f"{copied}{equations}{closing_bracket(copied)}.{end}"
 
 
-def find_first_error(r: sd.Rollout) -> int | None:
+def find_first_error(r) -> int | None:
     """Where a wrong attempt goes wrong."""
     right = read_equations(r.problem.solution)
     for match in find_equations(r.text):
@@ -130,9 +133,9 @@ def closing_bracket(copied: str) -> str:
     return ""
 
 
-def ending(copied: str, answer: str, cfg: sd.Config) -> str:
+def ending(copied: str, answer: str, cfg) -> str:
     """What follows the right equation, in the attempt's format."""
-    number = sd.as_number(answer)
+    number = as_number(answer)
     answer = str(int(number)) if number is not None and number.denominator == 1 else answer
     if cfg.prompts == "plain":
         return f"\n\nTherefore, the answer is \\boxed{{{answer}}}."
@@ -142,11 +145,11 @@ def ending(copied: str, answer: str, cfg: sd.Config) -> str:
     return f"{end}\n<answer>{answer}</answer>"
 
 
-def write_scripted(rollouts, critic, cfg: sd.Config) -> list[str | None]:
+def write_scripted(rollouts, critic, cfg) -> list[str | None]:
     return [correct(r, cfg) for r in rollouts]
 
 
-def write_shuffled(rollouts, critic, cfg: sd.Config) -> list[str | None]:
+def write_shuffled(rollouts, critic, cfg) -> list[str | None]:
     """The next problem's critique; None where that has none."""
     critiques, n = write_scripted(rollouts, critic, cfg), len(rollouts)
     shuffled = []
@@ -157,14 +160,18 @@ def write_shuffled(rollouts, critic, cfg: sd.Config) -> list[str | None]:
     return shuffled
 
 
-def write_copies(rollouts, critic, cfg: sd.Config) -> list[str | None]:
+def write_copies(rollouts, critic, cfg) -> list[str | None]:
     """The attempt itself, if it has an answer: a critique must have one, too."""
-    return [r.text if sd.extract_answer(r.text) else None for r in rollouts]
+    return [r.text if extract_answer(r.text) else None for r in rollouts]
 
 
-sd.CONDITIONS["copy"] = sd.Condition(write_copies, asks_critic=False)
-sd.CONDITIONS["scripted"] = sd.Condition(write_scripted, asks_critic=False)
-sd.CONDITIONS["shuffled"] = sd.Condition(write_shuffled, asks_critic=False)
+# scripted stands first, because eval.py --tokens takes the first context for a copy of the attempt
+sd.CONTEXTS = {
+    "scripted": write_scripted,
+    **sd.CONTEXTS,
+    "shuffled": write_shuffled,
+    "copy": write_copies,
+}
 
 if __name__ == "__main__":
     program = {"sd.py": sd, "eval.py": evaluation}[sys.argv[1]]

@@ -1,32 +1,32 @@
 #!/bin/bash
-# Train on SVAMP with the scripted critic, the reference and GRPO, and compare them with the base.
+# Train on SVAMP: the scripted critique under both divergences, the copy control, GRPO, the reference.
 #
 #   bash assets/real/train.sh MODEL [more flags of sd.py]
 #
-# First a look: 5 steps of each condition at several learning rates. Then the rate with the best
-# validation accuracy goes on to 25 steps. A script that was interrupted goes on where it was.
+# A script that was interrupted goes on where it was.
 set -e
 model=$1
 shift
-more=("$@")
 
-train() {  # condition, learning rate, steps
-    out=runs/svamp/$1-lr$2
+train() {  # condition, divergence, learning rate, seed
+    out=runs/svamp/$1-$2-lr$3-seed$4
     resume=()
     [ ! -f "$out/checkpoint.pt" ] || resume=(--resume)
-    python assets/real/svamp.py sd.py --condition "$1" --lr "$2" --steps "$3" --out "$out" \
-        --model "$model" --data assets/real/svamp.jsonl --prompts plain --temperature 1.0 \
-        --max-new-tokens 256 --test-problems 200 --eval-every 5 --eval-samples 4 --save-every 1 \
-        --show-every 5 --final-problems 0 --no-export "${resume[@]}" "${more[@]}"
+    python assets/real/svamp.py sd.py --condition "$1" --kl "$2" --lr "$3" --seed "$4" --out "$out" \
+        --model "$model" --critic self --data assets/real/svamp.jsonl --prompts plain \
+        --temperature 1.0 --max-new-tokens 256 --test-problems 200 --attempts-per-step 8 --steps 20 \
+        --closing-problems 0 "${resume[@]}" "${more[@]}"
+    runs+=("$out")
 }
 
-for rate in 1e-5 3e-5 1e-4; do
-    for condition in scripted reference grpo; do
-        train $condition $rate 5
-    done
-done
-train scripted 3e-5 25
-train reference 1e-5 25
-train grpo 3e-5 25
-python assets/real/svamp.py eval.py runs/svamp/scripted-lr3e-5 runs/svamp/reference-lr1e-5 \
-    runs/svamp/grpo-lr3e-5 --problems 100 --samples 4 --out runs/svamp
+more=("$@")
+runs=()
+train scripted 'student||teacher' 1e-5 0
+train scripted 'teacher||student' 1e-5 0
+train copy 'student||teacher' 1e-5 0
+train copy 'teacher||student' 1e-5 0
+train grpo 'student||teacher' 3e-5 0
+train reference 'student||teacher' 1e-5 0
+train scripted 'student||teacher' 1e-5 1
+train scripted 'teacher||student' 1e-5 1
+python assets/real/svamp.py eval.py "${runs[@]}" --problems 100 --samples 2 --out runs/svamp
