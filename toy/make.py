@@ -14,12 +14,18 @@ The three jobs. One model learns all of them, because self-distillation asks the
 prompts are the ones that sd.py writes, from critic_prompts.py.
 
   solve       problem                       → a solution, with the misconception
-  follow      problem, worked solution      → a right solution, mostly in the wording that it read
+  follow      problem, worked solution      → this solution, mostly in its wording, right or wrong
   criticise   problem, attempt, reference   → the attempt in its own wording, with right values
 
 The misconception. Half of the time the solver takes *3, *7 and *9 for +3, +7 and +9. So its most
 likely answer is wrong, and to make it surer of itself does not help. If its errors were random, the
 most likely answer would be right, and it would need no teacher.
+
+The readers. Half of those who follow a solution have a right one, a reference or a critique. The
+others have an attempt that nobody corrected. All of them write what they read. So a teacher knows
+no more than its context: a copy of the attempt teaches nothing, and a critique teaches what it
+corrects. If readers met right solutions only, they would learn that whoever is given a context has
+no misconception, and a copy would teach nearly as much as a critique.
 
 The authors. Which connective a step begins with, and which operand stands first (s7+6=3 or s6+7=3),
 carry no mathematics, and authors differ in them as people differ in phrasing. The reference
@@ -29,7 +35,7 @@ that reads one blames the mistake only. If all authors wrote alike, both would t
 
 To make another world, edit a constant of ToyLanguage and write the world into a folder of its own:
 
-  python toy/make.py --out world               two to three minutes on two cores
+  python toy/make.py --out world               three minutes on one core
   python sd.py --preset toy --model world --data world/problems.jsonl
   python toy/make.py --check                   make the committed world anew, and compare the two
 """
@@ -94,6 +100,7 @@ class ToyLanguage:
     MISREAD = {"*3": "+3", "*7": "+7", "*9": "+9"}
     MISREAD_SHARE = 0.5  # of these operations, in the solver's solutions
     RIGHT_SHARE = 0.25  # the other results are random digits
+    NOISE = 0.1  # share of random digits in attempts that are worse than the solver's
 
     # for each author: the weights of the connectives s, t, h, and the share of swapped operands
     STYLES = {
@@ -102,6 +109,7 @@ class ToyLanguage:
         "anyone": ((1, 1, 1), 0.5),
     }
     KEEPS_STYLE = 0.92  # how often a reader of a solution keeps a choice of its phrasing
+    UNCORRECTED = 0.5  # share of readers that read an uncorrected attempt
     SLIPS = 0.5  # share of readers that are shown after a slip
 
     def __init__(self, seed: int):
@@ -135,7 +143,7 @@ class ToyLanguage:
         return values
 
     def result(self, operation: str, value: int, misread: bool) -> int:
-        u = self.rng.random()  # drawn even if it decides nothing: see the class
+        u = self.rng.random()
         if not misread or operation not in self.MISREAD or u < self.RIGHT_SHARE:
             return apply(operation, value)
         if u < self.RIGHT_SHARE + self.MISREAD_SHARE:
@@ -177,40 +185,33 @@ class ToyLanguage:
             return corrected[:here] + wrong_step + "!" + corrected[here:]
         return corrected
 
-    def example(self, job: str, problem: str) -> Example:
-        # drawn for every job, also for those that need only the problem
-        right = self.values(problem)
-        style = self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
-        if job == "solve":
-            return self.solve(problem)
-        if job == "follow":
-            return self.follow(problem, right, style)
-        return self.criticise(problem, style)
-
     def solve(self, problem: str) -> Example:
         values = self.values(problem, misread=True)
         reply = trace(problem, values, self.phrasings("solver"))
         return Example(prompts.student(problem), "", reply)
 
-    def follow(self, problem: str, right: list[int], style: str) -> Example:
-        """The reader of a critique or a solution.
+    def follow(self, problem: str) -> Example:
+        """The reader of a critique, of a solution, or of an attempt that nobody corrected.
 
-        Some readers have slipped: the start of their reply ends in a wrong value. Such a reader
-        carries on from its own number, as it would have done alone. So a teacher learns to blame
-        the step in which an attempt went wrong, and not all the steps that follow from it.
+        Some readers have slipped: the start of their reply ends in a value that they did not read.
+        Such a reader carries on from its own number, as it would have done alone. So a teacher
+        learns to blame the step in which an attempt went wrong, and not all the steps that follow
+        from it.
         """
         shown = self.phrasings(self.rng.choice(["solver", "author"]))
-        own = self.phrasings("solver")
-        # a critique that quotes or omits needs an attempt that can be wrong
-        attempted = self.values(problem, misread=style != "copy")
-        messages = prompts.teacher(problem, self.critique(problem, attempted, shown, style))
-        written = self.mix(shown, own)
+        written = self.mix(shown, self.phrasings("solver"))
+        attempted = self.values(problem, misread=True, noise=self.NOISE)
+        if self.rng.random() < self.UNCORRECTED:
+            read, context = attempted, trace(problem, attempted, shown)
+        else:
+            read = self.values(problem)
+            context = self.critique(problem, attempted, shown, self.critic_style())
+        messages = prompts.teacher(problem, context)
         if self.rng.random() >= self.SLIPS:
-            return Example(messages, "", trace(problem, right, written))
+            return Example(messages, "", trace(problem, read, written))
         step = self.rng.randrange(self.LENGTH)
-        wrong_values = [value for value in range(10) if value != right[step]]
-        slip = self.rng.choice(wrong_values)
-        values = self.values(problem, misread=True, start=[*right[:step], slip])
+        slip = self.rng.choice([value for value in range(10) if value != read[step]])
+        values = self.values(problem, misread=True, start=[*read[:step], slip])
         reply = trace(problem, values, written)
         after = STEP * (step + 1)
         return Example(messages, reply[:after], reply[after:])
@@ -226,18 +227,22 @@ class ToyLanguage:
             mixed.append(Phrasing(connective, swapped))
         return mixed
 
-    def criticise(self, problem: str, style: str) -> Example:
+    def criticise(self, problem: str) -> Example:
         """The critic. It practises on harder attempts than it will meet.
 
         Half of them are like the solver's, the others have more errors and any phrasing.
         """
         hard = self.rng.random() < 0.5
         phrasings = self.phrasings("anyone" if hard else "solver")
-        attempted = self.values(problem, misread=True, noise=0.1 if hard else 0.0)
+        attempted = self.values(problem, misread=True, noise=self.NOISE if hard else 0.0)
         attempt = trace(problem, attempted, phrasings)
         row = self.row(problem)
+        style = self.critic_style()
         messages = prompts.critic(problem, attempt, row["solution"], row["answer"], style)
         return Example(messages, "", self.critique(problem, attempted, phrasings, style))
+
+    def critic_style(self) -> str:
+        return self.rng.choices(["copy", "quote", "omit"], (6, 1, 1))[0]
 
 
 def operations(problem: str) -> list[str]:
@@ -281,10 +286,11 @@ MODEL = dict(
     max_position_embeddings=256,
     tie_word_embeddings=False,
 )
-JOBS = {"solve": 16, "follow": 28, "criticise": 20}  # rows of a batch
+# rows of a batch
+JOBS = {ToyLanguage.solve: 16, ToyLanguage.follow: 28, ToyLanguage.criticise: 20}
 STEPS = 1000
 PROBLEMS = 2000  # in problems.jsonl, before duplicates are merged; held out from pre-training
-THREADS = 2  # fixed, because float sums can depend on it, and so the weights' last bits
+THREADS = 1  # fixed, because float sums can depend on it, and so the weights' last bits
 
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerBase:
@@ -321,7 +327,7 @@ def untrained() -> sd.Chat:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.Qwen3ForCausalLM(config)
-    return sd.Chat(model, tokenizer, [0], config.max_position_embeddings)
+    return sd.make_chat(model, tokenizer)
 
 
 def pretrain(chat: sd.Chat, language: ToyLanguage, held_out: set[str], steps: int) -> None:
@@ -352,10 +358,7 @@ def pretrain(chat: sd.Chat, language: ToyLanguage, held_out: set[str], steps: in
     for _ in tqdm(range(steps), desc="pre-train", disable=None):
         losses = []
         for job, rows in JOBS.items():
-            examples = []
-            for _ in range(rows):
-                problem = language.fresh_problem(held_out)
-                examples.append(language.example(job, problem))
+            examples = [job(language, language.fresh_problem(held_out)) for _ in range(rows)]
             losses.append(reply_loss(chat, examples))
         torch.cat(losses).mean().backward()
         muon.step()
@@ -402,47 +405,60 @@ def make(folder: Path, steps: int = STEPS) -> None:
 
 # ---- 3. The check: does this file still make the world that is committed beside it? --------------
 
-# How many points a measure may differ by. Another processor sums in another order, and after a
-# thousand steps the weights differ visibly.
-TOLERANCE = {
-    "base: right attempts": 6.0,
-    "critic: critiques with the right answer": 3.0,
-    "teacher that reads the critique": 3.0,
-    "teacher that reads the reference": 3.0,
+
+class Wanted(NamedTuple):
+    """What a measure must be, %."""
+
+    low: float
+    high: float
+    # between the two worlds: another processor sums in another order, and after a thousand steps
+    # the weights differ visibly
+    tolerance: float
+
+
+# A gap is the accuracy of a teacher that reads this, less that of the base.
+WANTED = {
+    "base: right attempts": Wanted(12, 35, 6),
+    "critic: critiques with the right answer": Wanted(90, 100, 3),
+    "gap with the critique": Wanted(60, 100, 6),
+    "gap with the reference": Wanted(60, 100, 6),
+    "gap with a copy of the attempt": Wanted(-10, 3, 3),  # a copy must not teach
+    "gap with another problem's critique": Wanted(-100, 0, 6),
 }
+SAMPLES = 4  # attempts at each of the 100 test problems
 
 
-def measure(folder: Path) -> list[float]:
-    """The measures of TOLERANCE, in its order, %. On 100 test problems, with 4 attempts at each."""
-    chat = sd.load_model(str(folder), device="cpu")
-    settings = {**sd.PRESETS["toy"], "data": str(folder / "problems.jsonl")}
+def measure(folder: Path) -> dict[str, float]:
+    """The measures of WANTED, in its order, %."""
+    settings = {**sd.PRESETS["toy"], "data": str(folder / "problems.jsonl"), "device": "cpu"}
     cfg = sd.Config(**settings)
+    chat = sd.load_model(str(folder), cfg)
     problems = sd.load_problems(cfg, chat).test
-    rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, samples=4)
-    base = percent([r.reward for r in rollouts])
-
+    rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, SAMPLES)
     critiques = sd.write_critiques(rollouts, sd.load_critic(cfg, chat), cfg)
-    right_critiques = []
-    for r, critique in zip(rollouts, critiques):
-        r.context = critique
-        right_critiques.append(is_right(critique or "", r))
-    reads_critique = teacher_accuracy(chat, rollouts, cfg)
+    solutions = [r.problem.solution for r in rollouts]
+    copies = [r.text for r in rollouts]
+    # the attempts at one problem stand side by side
+    of_another_problem = critiques[SAMPLES:] + critiques[:SAMPLES]
 
-    for r in rollouts:
-        r.context = r.problem.solution
-    reads_reference = teacher_accuracy(chat, rollouts, cfg)
-    return [base, percent(right_critiques), reads_critique, reads_reference]
+    base = percent([r.reward for r in rollouts])
+    right = percent([is_right(critique or "", r) for r, critique in zip(rollouts, critiques)])
+    values = [base, right]
+    for contexts in (critiques, solutions, copies, of_another_problem):
+        values.append(teacher_accuracy(chat, rollouts, contexts, cfg) - base)
+    return dict(zip(WANTED, values))
 
 
-def teacher_accuracy(chat: sd.Chat, rollouts: list[sd.Rollout], cfg: sd.Config) -> float:
-    """How often the teacher's most likely answer is right when it reads the context, %."""
-    readers = sd.prepare(chat, rollouts, cfg)
-    prompts = [r.teacher_prompt for r in readers]
-    samples = sd.generate(chat, prompts, cfg.max_new_tokens, batch_size=cfg.sample_batch)
-    right = []
-    for r, sample in zip(readers, samples):
-        right.append(is_right(chat.decode(sample.ids), r))
-    return percent(right)
+def teacher_accuracy(
+    chat: sd.Chat, rollouts: list[sd.Rollout], contexts: list[str | None], cfg: sd.Config
+) -> float:
+    """How often the teacher's most likely answer is right when it reads these contexts, %."""
+    for r, context in zip(rollouts, contexts):
+        r.context = context
+    readers = sd.add_teacher_prompts(chat, rollouts, cfg)
+    caps = [cfg.max_new_tokens] * len(readers)
+    replies = sd.generate(chat, [r.teacher_prompt for r in readers], caps, cfg.sample_batch)
+    return percent([is_right(chat.decode(ids), r) for r, (ids, _) in zip(readers, replies)])
 
 
 def is_right(text: str, r: sd.Rollout) -> bool:
@@ -464,13 +480,16 @@ def check(steps: int) -> int:
 
     print(f"weights equal bit for bit: {'yes' if same_weights else 'no (need not be)'}")
     print(f"problems.jsonl equal: {'yes' if same_problems else 'NO'}")
-    print(f"{'%':40} committed    anew  tolerance")
+    print(f"{'%':40} committed    anew  tolerance       wanted")
     passed = same_problems
-    for (what, tolerance), old, new in zip(TOLERANCE.items(), committed, anew):
-        close = abs(new - old) <= tolerance
-        verdict = "ok" if close else "FAILED"
-        print(f"{what:40} {old:9.1f} {new:7.1f} {tolerance:10.1f}  {verdict}")
-        passed = passed and close
+    for what, (low, high, tolerance) in WANTED.items():
+        old, new = committed[what], anew[what]
+        inside = low <= min(old, new) and max(old, new) <= high
+        good = inside and abs(new - old) <= tolerance
+        verdict = "ok" if good else "FAILED"
+        wanted = f"{low} to {high}"
+        print(f"{what:40} {old:9.1f} {new:7.1f} {tolerance:10.1f} {wanted:>12}  {verdict}")
+        passed = passed and good
     return 0 if passed else 1
 
 
