@@ -665,7 +665,7 @@ PANELS = (
     ("loss, nats a token", ("loss",), 1),
     ("entropy, nats a token (dots: KL to the base)", ("entropy", "kl_base"), 1),
     ("tokens an attempt", ("length",), 1),
-    ("critiques that failed", ("unscored",), 1),
+    ("attempts left out", ("unscored",), 1),
     ("seconds of sampling a step", ("sample_s",), 1),
 )
 
@@ -681,7 +681,7 @@ def plot_runs(folders: list[str], out: Path) -> str:
             # what is not measured at every step is drawn as dots
             for name, entries, style in zip(names, logs, (".-", "o:")):
                 x = [entry["step"] for entry in entries]
-                y = [scale * entry[name] for entry in entries]
+                y = [scale * entry.get(name, math.nan) for entry in entries]
                 axis.plot(x, y, style, color=f"C{number}", label=folder)
     axes[0, 1].legend(fontsize=8)
     return save_figure(figure, out)
