@@ -645,7 +645,7 @@ def response_hidden(chat, prompts, responses) -> Tensor:
 
 # ---- 7. Loss: each divergence with its gradient, worked out by hand. -----------------------------
 
-CHUNK = 6_000_000  # logits that exist at once: 40 tokens for a vocabulary of 150,000
+CHUNK = 4_000_000  # logits that exist at once: 26 tokens for a vocabulary of 150,000
 
 
 @torch.no_grad()
