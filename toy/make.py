@@ -31,7 +31,7 @@ The authors. Which connective a step begins with, and which operand stands first
 carry no mathematics, and authors differ in them as people differ in phrasing. The reference
 solutions are by another author than the solver. A teacher that reads one prefers that author's
 phrasing, so it blames correct tokens too. A critique keeps the attempt's phrasing, so a teacher
-that reads one blames the mistake only. If all authors wrote alike, both would teach the same.
+that reads one blames the mistake only.
 
 To make another world, edit a constant of ToyLanguage and write the world into a folder of its own:
 
