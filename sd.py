@@ -245,7 +245,8 @@ def take_step(chat, problems, critic, optimizer, seen, cfg) -> tuple[dict, list[
     # one attempt at each of 32 problems; in grpo 8 at each of 4
     group = cfg.group_size if cfg.condition == "grpo" else 1
     chosen = next_problems(problems, seen, cfg.attempts_per_step // group, cfg.seed)
-    rollouts = attempt(chat, share(chosen), cfg, group)  # y ~ π_θ(·|x)
+    # y ~ π_θ(·|x), for this process's share of the problems
+    rollouts = attempt(chat, share(chosen), cfg, group)
     clock.append(time.perf_counter())
     if cfg.condition == "grpo":
         for r, advantage in zip(rollouts, group_advantages(rollouts, cfg)):
@@ -427,7 +428,7 @@ def rows_that_fit(chat, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys_and_values = 2 * config.num_hidden_layers * heads * width * chat.head.element_size()
-    row = keys_and_values * tokens + 6 * 4 * len(chat.head)  # and the sampler's float32 tensors
+    row = keys_and_values * tokens + 6 * 4 * len(chat.head)  # and the sampler's float32 (V,)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(chat.model.device)
     return max(1, int(0.6 * free) // row)  # growing caches leave gaps that nothing fits into
@@ -438,7 +439,8 @@ def rows_that_fit(chat, tokens: int) -> int:
 # A critic is called with conversations, and with the length of each attempt in tokens. It returns
 # for each conversation (reply, tokens generated). The reply is None if it was cut off, or if the
 # request failed. In critic_prompts.py a row of FORMATS makes the messages for each reader, and its
-# `extract_trace` finds the trace in a reply: None if steps are missing, repeated or unfinished.
+# `extract_trace` finds the corrected attempt in a reply: None if steps repeat or have no end, or if
+# there is no answer.
 
 
 def write_critiques(rollouts, critic, cfg) -> list[str | None]:
@@ -506,7 +508,7 @@ class HTTPCritic:
     """OpenAI-compatible chat completions: vLLM, SGLang, `transformers serve`, a hosted API."""
 
     patience = 120.0  # seconds from its start in which a request is sent again
-    pause = 1.0  # seconds before that; doubles each time
+    pause = 1.0  # seconds before the second try; doubles with each further one
     timeout = 600.0  # seconds for one reply
 
     def __init__(self, address: str, model: str, max_new_tokens: int, extra: dict):
@@ -598,7 +600,7 @@ def add_teacher_prompts(chat, rollouts, cfg) -> list[Rollout]:
     for r in rollouts:
         if r.context is None:
             continue
-        # The prompt holds the problem and the context, not the attempt: that is what follows it.
+        # the problem and the context; `forward` appends the tokens of the attempt
         messages = FORMATS[cfg.prompts].teacher(r.problem.question, r.context)
         prompt = chat.encode(messages, cfg.teacher_thinking)
         if len(prompt) + len(r.ids) <= chat.window:
@@ -645,7 +647,7 @@ def response_hidden(chat, prompts, responses) -> Tensor:
 
 # ---- 7. Loss: each divergence with its gradient, worked out by hand. -----------------------------
 
-CHUNK = 4_000_000  # logits that exist at once: 26 tokens for a vocabulary of 150,000
+CHUNK = 4_000_000  # entries of a (tokens, V) tensor, of which about six exist at once
 
 
 @torch.no_grad()
@@ -719,11 +721,11 @@ def policy_gradient(log_p, log_q, ids, advantage):
 
 
 # The choices of --kl. "Forward" and "reverse" KL are used both ways, so a name is the formula. The
-# default is what eq (1) writes. They differ where the teacher only copies: a critique holds the
-# attempt, so the teacher expects the very token y that was drawn, q ≈ (1 − ε) 1[y] + ε p. Averaged
-# over y ~ p this q is p. So under eq (5) copying has no effect, and only corrections have one.
-# Under eq (4) the logarithm weighs what q lacks: log q ≈ log ε + log p off y. The mean step raises
-# the tokens that are likely already: the entropy of p falls even where nothing was corrected.
+# default is eq (4), which has the order of arguments of eq (1). They differ where the teacher only
+# copies: a critique holds the attempt, so the teacher expects the very token y that was drawn,
+# q ≈ (1 − ε) 1[y] + ε p. Averaged over y ~ p this q is p, and the gradient of eq (5) is 0: copying
+# has no effect, only corrections have one. Under eq (4) a token that was not drawn has
+# log p − log q ≈ −log ε, however well it is predicted; on average this lowers the entropy of p.
 DIVERGENCES = {
     "student||teacher": kl_student_teacher,
     "teacher||student": kl_teacher_student,
@@ -781,8 +783,8 @@ class LoRALinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         A, B = self.cast or self.factors()
         rows = x.flatten(0, -2)
-        # The matmul adds the delta while it still sums in float32. Added afterwards, to a bfloat16
-        # output that is rounded already, a delta below half a step of that grid would be lost.
+        # The matmul sums W x + delta in float32 and rounds once. Added to a bfloat16 output that is
+        # rounded already, a delta below half a step of that grid would always be lost.
         y = torch.addmm(rows @ A @ B, rows, self.weight.T)
         if self.bias is not None:
             y = y + self.bias
@@ -831,7 +833,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 # The weights of q in `forward`. A fork whose teacher averages past adapters puts here a context
-# manager that swaps p.data, updates the average after optimizer.step(), and saves it in `save`.
+# manager that swaps p.data, updates the average after optimizer.step(), saves it in `save`, and
+# loads it in `open_run`.
 teacher_weights = adapters_off
 
 
@@ -1083,7 +1086,7 @@ def load_model(name: str, cfg) -> Chat:
     """A frozen chat model from a folder or the hub. A UserError says why a model cannot be used."""
     if cfg.preset == "toy":
         torch.set_num_threads(1)  # its kernels are too small to share
-    # on H100 it plans anew for every length, and padded rows can give NaN
+    # cuDNN's attention plans anew for every length on H100, and padded rows can give NaN
     torch.backends.cuda.enable_cudnn_sdp(False)
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":
@@ -1116,6 +1119,7 @@ def make_chat(model: nn.Module, tokenizer) -> Chat:
         raise ValueError("it has no chat template; choose an instruction-tuned model")
     config = model.config.get_text_config()
     template = FIXED_DATE + tokenizer.get_chat_template()
+    # end_ids, reserved and opens_thought are found below
     chat = Chat(model, tokenizer, template, [], window_of(config), re.compile("(?!)"), False)
     probe = [user("first 1 < 2"), {"role": "assistant", "content": "second"}, user("third\nline")]
     try:
@@ -1301,7 +1305,8 @@ def load_checkpoint(path: Path) -> dict:
 def load_adapters(chat, checkpoint: dict, problems) -> None:
     """Copy a checkpoint's adapters into the model; UserError if model or problems are others."""
     if checkpoint["fingerprint"] != problems.fingerprint:
-        raise UserError("--data has other problems than the run: it might test on what was trained")
+        # --data, --test-problems, --grader, --prompts and --max-new-tokens decide
+        raise UserError("other problems than the run's: it might test on what it trained on")
     if checkpoint["adapters"].keys() != adapters(chat.model).keys():
         raise UserError("the checkpoint's adapters do not fit; was --model another?")
     chat.model.load_state_dict(checkpoint["adapters"], strict=False)
