@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 import sd
 from critic_prompts import FORMATS, STYLES, extract_answer, is_correct, normalise, strip_thinking
@@ -774,8 +773,7 @@ def run_command(argv: list[str] | None) -> str:
 
 def guarded(program: str, job) -> int:
     """Print what the job returns. Exit code: 0, or 2 for a mistake of the user's."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    sd.prepare_output()
     try:
         print(job())
     except sd.UserError as error:

@@ -1596,13 +1596,18 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 2 for a mistake of the user's; 1 if memory ran out."""
+def prepare_output() -> None:
+    """Silence transformers, but not downloads; print each line at once, in any encoding."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     enable_progress_bars()  # a download of gigabytes must be seen
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0; 2 for a mistake of the user's; 1 if memory ran out."""
+    prepare_output()
     try:
         start_processes()
         cfg = parse_config(argv)
