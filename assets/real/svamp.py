@@ -4,8 +4,8 @@ It copies an attempt word for word up to the first equation that contradicts the
 the right equation in its place, and finishes. If no equation does, the error is taken to be the
 sentence with the first number found in neither question nor solution, else the one with the answer.
 This separates two questions: what a faithful critique teaches a language model, and whether a model
-of its size can write one. It is also an example of a fork: three more rows in the table of
-contexts, and nothing else changes.
+of its size can write one. It is also an example of a fork: five more rows in the table of
+contexts, and for `edits` a wrapper of `add_teacher_prompts`.
 
 An equation contradicts the solution if it is not one of the solution's, so a right attempt at
 another route to the answer is left alone, and a wrong one is corrected where it leaves that route.
@@ -16,18 +16,21 @@ another route to the answer is left alone, and a wrong one is corrected where it
 scripted   the program's critique of the attempt
 shuffled   the program's critique of another problem's attempt: a control
 copy       the attempt itself, with nothing corrected: the other control
+edits      scripted, but only the tokens from the first edit on are scored, and no right attempt is
+filtered   the critique of --critic, left out if its answer is wrong
 
-None of them asks a model. sd.py loads a critic all the same, and --critic self costs nothing.
+Only `filtered` asks a model. For the others --critic self costs nothing.
 """
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import eval as evaluation  # noqa: E402
 import sd  # noqa: E402
-from critic_prompts import as_number, extract_answer  # noqa: E402
+from critic_prompts import as_number, extract_answer, is_correct  # noqa: E402
 
 # a minus sign that follows a digit is an operator
 NUMBER = r"[$€]?\s*((?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?)"
@@ -165,12 +168,61 @@ def write_copies(rollouts, critic, cfg) -> list[str | None]:
     return [r.text if extract_answer(r.text) else None for r in rollouts]
 
 
+def write_edits(rollouts, critic, cfg) -> list[str | None]:
+    """The program's critiques of the attempts that it changes."""
+    critiques = write_scripted(rollouts, critic, cfg)
+    return [c if c != r.text else None for c, r in zip(critiques, rollouts)]
+
+
+def write_filtered(rollouts, critic, cfg) -> list[str | None]:
+    """The model's critiques that reach the right answer."""
+    critiques = sd.write_critiques(rollouts, critic, cfg)
+    filtered = []
+    for c, r in zip(critiques, rollouts):
+        right = c is not None and is_correct(c, r.problem.answer, cfg.grader)
+        filtered.append(c if right else None)
+    return filtered
+
+
+def first_edit(chat, r) -> int:
+    """Where the first token stands that the context does not copy; at most the last token."""
+    edit = 0
+    # the end of a cut character decodes to \ufffd
+    while r.context.startswith(chat.decode(r.ids[: edit + 1]).rstrip("\ufffd")):
+        edit += 1
+        if edit == len(r.ids) - 1:
+            break
+    return edit
+
+
+add_all_teacher_prompts = sd.add_teacher_prompts
+
+
+def add_teacher_prompts(chat, rollouts, cfg) -> list:
+    """In `edits` the tokens before the first edit join both prompts, so they are not scored."""
+    scored = add_all_teacher_prompts(chat, rollouts, cfg)
+    if cfg.condition != "edits":
+        return scored
+    shortened = []
+    for r in scored:
+        edit = first_edit(chat, r)
+        shared = r.ids[:edit]
+        prompts = {"prompt": r.prompt + shared, "teacher_prompt": r.teacher_prompt + shared}
+        # a new rollout: the log measures the whole one
+        shortened.append(replace(r, ids=r.ids[edit:], **prompts))
+    return shortened
+
+
+sd.add_teacher_prompts = add_teacher_prompts
+
 # scripted stands first, because eval.py --tokens takes the first context for a copy of the attempt
 sd.CONTEXTS = {
     "scripted": write_scripted,
     **sd.CONTEXTS,
     "shuffled": write_shuffled,
     "copy": write_copies,
+    "edits": write_edits,
+    "filtered": write_filtered,
 }
 
 if __name__ == "__main__":
