@@ -1895,6 +1895,7 @@ def load_script(name, monkeypatch):
     """A program of a subfolder; what it adds to sd.py leaves with the test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sd, "CONTEXTS", dict(sd.CONTEXTS))
+    monkeypatch.setattr(sd, "add_teacher_prompts", sd.add_teacher_prompts)
     spec = importlib.util.spec_from_file_location(Path(name).stem, HERE / name)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, Path(name).stem, module)
@@ -1929,6 +1930,33 @@ def test_the_scripted_critic_corrects_from_the_first_wrong_equation(svamp, promp
     assert critique.count("<step_1>") == critique.count("</step_1>")
     assert FORMATS[prompts].extract_trace(critique) == critique
     assert is_correct(critique, SHOP.answer, "exact")
+
+
+def test_edits_scores_the_tokens_from_the_first_edit_on(svamp, toy):
+    """Fails if a copied token is scored, a row loses a token, or the log sees the cut attempt."""
+    cfg = config(condition="edits")
+    (r,) = sd.attempt(toy, numbered_problems(1), cfg)
+    other = "s" if toy.decode(r.ids[5:6]) == "t" else "t"
+    r.context = toy.decode(r.ids[:5]) + other
+    (scored,) = sd.add_teacher_prompts(toy, [r], cfg)
+    assert scored.ids == r.ids[5:]
+    assert scored.prompt + scored.ids == r.prompt + r.ids
+    assert scored.teacher_prompt + scored.ids == r.teacher_prompt + r.ids
+    # the critique goes on where the attempt ends: its last token is the edit
+    r.context = r.text + other
+    (scored,) = sd.add_teacher_prompts(toy, [r], cfg)
+    assert scored.ids == r.ids[-1:]
+
+
+def test_filtered_keeps_the_critiques_that_reach_the_answer(svamp):
+    """Fails if a critique with another answer, or none, is taught."""
+    replies = ["6 + 5 = 11: \\boxed{11}", "6 + 5 = 12: \\boxed{12}", "6 + 5 = 11"]
+    rollouts = [written("6 + 5 = 13: \\boxed{13}", problem=SHOP) for _ in replies]
+    critiques = svamp.write_filtered(
+        rollouts, lambda conversations, lengths: [(reply, 9) for reply in replies],
+        config(prompts="plain"),
+    )  # fmt: skip
+    assert critiques == [replies[0], None, None]
 
 
 @pytest.fixture
