@@ -31,10 +31,10 @@ from critic_prompts import FORMATS, STYLES, extract_answer, is_correct, normalis
 
 # ---- 1. Compare runs with their base. ------------------------------------------------------------
 
-# the knobs in which runs must agree to share a table
+# The knobs in which runs must agree to share a table. Their --data may differ in the solutions: the
+# fingerprint says whether the questions are the same.
 SHARED = (
-    "model", "data", "prompts", "grader", "dtype", "test_problems",
-    "temperature", "max_new_tokens",
+    "model", "prompts", "grader", "dtype", "test_problems", "temperature", "max_new_tokens",
 )  # fmt: skip
 
 

@@ -1679,7 +1679,11 @@ def test_eval_compares_runs_with_their_base_and_repeats(tmp_path, folder, monkey
     """Fails if base and run see other random numbers: an untrained run must equal the base."""
     assert run_in(tmp_path, folder, "--condition grpo --steps 0") == 0
     (tmp_path / "run").rename(tmp_path / "untrained")
-    assert run_in(tmp_path, folder, "--condition reference --steps 2 --lr 0.1") == 0
+    # the same problems with other solutions share the table
+    rows = map(json.loads, (folder / "problems.jsonl").read_text().splitlines())
+    reworded = tmp_path / "reworded.jsonl"
+    reworded.write_text("\n".join(json.dumps({**row, "solution": "####0"}) for row in rows))
+    assert run_in(tmp_path, folder, "--condition reference --steps 2 --lr 0.1", reworded) == 0
     (tmp_path / "run").rename(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     texts = []
