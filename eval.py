@@ -532,12 +532,13 @@ def block(heading: str, text: str) -> str:
 def preflight(cfg, count: int) -> str:
     """Without training: solver, critic and teacher on validation problems, and a line of advice.
 
-    The critic is whoever writes the contexts of --condition; for reference and grpo, which have
-    none, the one of critique.
+    The critic is whoever writes the contexts of --condition; for reference, copy and grpo, which
+    have none, the one of critique.
     """
     chat = sd.load_model(cfg.model, cfg)
     problems = sd.load_problems(cfg, chat).validation[:count]
-    write = sd.CONTEXTS["critique" if cfg.condition in ("reference", "grpo") else cfg.condition]
+    name = "critique" if cfg.condition in ("reference", "copy", "grpo") else cfg.condition
+    write = sd.CONTEXTS[name]
     critic = sd.load_critic(cfg, chat)
     clock = [time.perf_counter()]
     groups = sd.attempt(chat, list(enumerate(problems)), cfg, cfg.group_size, sd.EVAL_SEED)

@@ -39,7 +39,7 @@ tokens of short attempts. No gradient flows through the sampling: y is held fixe
 Start reading at `take_step`. It calls, in this order:
 
   attempt               y ~ π_θ(·|x): sample the rollouts
-  CONTEXTS              c: the critic's critique, or the data set's solution
+  CONTEXTS              c: the critic's critique, the data set's solution, or a control
   add_teacher_prompts   the teacher's prompt, with c inside
   update                both forward passes, the loss and its gradient, one step of AdamW
 
@@ -106,7 +106,7 @@ class Config:
     """
 
     # what is trained
-    condition: str = knob("critique", "what the teacher reads; grpo: a reward, and no teacher")
+    condition: str = knob("critique", "what the teacher reads; copy: a control; grpo: no teacher")
     preset: str = knob("auto", "auto: toy without CUDA and without --model, else qwen")
     # model and problems
     model: str = knob("Qwen/Qwen3-1.7B", "the solver: a hub name or a folder (paper)")
@@ -206,9 +206,7 @@ def train(cfg) -> None:
     if cfg.teacher_thinking and chat.render([user("x")], True) == chat.render([user("x")]):
         raise UserError(f"--teacher-thinking: {cfg.model}'s template has no thinking mode")
     problems = load_problems(cfg, chat)
-    critic = None
-    if cfg.condition not in ("reference", "grpo"):
-        critic = load_critic(cfg, chat)
+    critic = None if cfg.condition in NO_CRITIC else load_critic(cfg, chat)
     add_adapters(chat.model, cfg)
     # no weight decay: it would pull the adapter, and with it the policy, towards the base
     optimizer = torch.optim.AdamW(adapters(chat.model).values(), lr=cfg.lr, weight_decay=0.0)
@@ -474,9 +472,15 @@ def copy_solutions(rollouts, critic, cfg) -> list[str]:
     return [r.problem.solution for r in rollouts]
 
 
+def copy_attempts(rollouts, critic, cfg) -> list[str | None]:
+    """A control: c is the attempt, with nothing corrected. A critique must teach more than this."""
+    return [r.text if extract_answer(r.text) else None for r in rollouts]
+
+
 # The conditions that have a teacher: (rollouts, critic, cfg) → a context for each rollout, or None
 # to leave it out. They differ in c alone. A fourth context is one function and one row.
-CONTEXTS = {"critique": write_critiques, "reference": copy_solutions}
+CONTEXTS = {"critique": write_critiques, "reference": copy_solutions, "copy": copy_attempts}
+NO_CRITIC = {"reference", "copy", "grpo"}  # conditions that load none
 
 
 @dataclass
@@ -1548,7 +1552,8 @@ def parse_config(argv: list[str] | None) -> Config:
     if given.get("resume"):
         out = given.get("out") or f"runs/{given.get('condition', 'critique')}"
         saved = load_checkpoint(Path(out, "checkpoint.pt"))["config"]
-        if is_url(saved.critic) and "critic" not in given:
+        asks = saved.condition not in NO_CRITIC
+        if asks and is_url(saved.critic) and "critic" not in given:
             raise UserError("--resume: name the http --critic again; it will get your API key")
         cfg = replace(saved, **{**given, "out": out})
         for name in ("preset", "condition", "model", "lora_rank", "lora_alpha"):

@@ -56,7 +56,7 @@ from critic_prompts import (
 
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "toy"
-CONDITIONS = [*sd.CONTEXTS, "grpo"]
+CONDITIONS = ["critique", "reference", "grpo"]
 # (condition, kl): one step with each of the losses
 STEPS = [*itertools.product(["critique"], sd.DIVERGENCES), ("grpo", "sampled")]
 TRACE = "s7+6=3s3*3=9####9"  # a valid critique in the toy's format
@@ -1468,7 +1468,7 @@ def test_a_broken_or_hostile_checkpoint_is_one_line(tmp_path, folder, capfd):
     checkpoint = torch.load(path)
     for changes, words in (
         ({"temperature": -1.0}, "temperature"),
-        ({"critic": "http://evil/v1", "critic_model": "m"}, "--critic again"),
+        (dict(condition="critique", critic="http://evil/v1", critic_model="m"), "--critic again"),
         (None, "cannot read"),
     ):
         if changes:
@@ -1773,9 +1773,8 @@ def test_the_pictures_show_what_a_model_wrote_as_text():
     assert "<script" not in text and "&lt;script&gt;" in text
 
 
-def test_the_token_study_measures_every_context(tmp_path, monkeypatch):
+def test_the_token_study_measures_every_context(tmp_path):
     """Fails if a row is left out, or critique and reference do not differ as the paper says."""
-    monkeypatch.setitem(sd.CONTEXTS, "copy", lambda rollouts, *_: [r.text for r in rollouts])
     run = tmp_path / "run"
     flags = f"--preset toy --steps 0 --closing-problems 0 --out {run}"
     assert sd.main(flags.split()) == 0

@@ -27,17 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd.py and eval.py are one folder up
 import eval as evaluation  # noqa: E402
 import sd  # noqa: E402
-from critic_prompts import extract_answer  # noqa: E402
 
 # ---- 1. Arms. ------------------------------------------------------------------------------------
-
-
-def copy_attempts(rollouts, critic, cfg) -> list[str | None]:
-    """c is the attempt itself, if it has an answer. What it teaches is not due to a correction."""
-    return [r.text if extract_answer(r.text) else None for r in rollouts]
-
-
-sd.CONTEXTS["copy"] = copy_attempts
 
 # the arms that are a condition without other flags: they are compared in pairs and plotted
 MAIN = ("critique", "reference", "grpo", "copy")

@@ -23,13 +23,13 @@ CONTEXTS = ("scripted", "copy", "reference")
 
 def main(model: str, count: str, *flags: str) -> None:
     sd.prepare_output()
-    cfg = sd.parse_config(["--model", model, "--critic", "self", *flags])
+    cfg = sd.parse_config(["--model", model, *flags])
     chat = sd.load_model(cfg.model, cfg)
     problems = sd.load_problems(cfg, chat).test[: int(count)]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, seed=sd.EVAL_SEED)
     # only attempts for which every context exists: an attempt without an answer is not copied
     critiques = svamp.write_edits(rollouts, None, cfg)
-    copies = svamp.write_copies(rollouts, None, cfg)
+    copies = sd.copy_attempts(rollouts, None, cfg)
     edited, edits = [], []
     for r, critique, copy in zip(rollouts, critiques, copies):
         if critique is not None and copy is not None:

@@ -4,22 +4,19 @@ It copies an attempt word for word up to the first equation that contradicts the
 the right equation in its place, and finishes. If no equation does, the error is taken to be the
 sentence with the first number found in neither question nor solution, else the one with the answer.
 This separates two questions: what a faithful critique teaches a language model, and whether a model
-of its size can write one. It is also an example of a fork: five more rows in the table of
+of its size can write one. It is also an example of a fork: four more rows in the table of
 contexts, and for `edits` a wrapper of `add_teacher_prompts`.
 
 An equation contradicts the solution if it is not one of the solution's, so a right attempt at
 another route to the answer is left alone, and a wrong one is corrected where it leaves that route.
 
-  python assets/real/svamp.py sd.py --condition scripted --critic self --prompts plain …
-  python assets/real/svamp.py eval.py --tokens RUN --contexts scripted,reference,shuffled,copy
+  python assets/real/svamp.py sd.py --condition scripted --prompts plain --model FOLDER …
+  python assets/real/svamp.py eval.py --tokens RUN --critic self --contexts scripted,copy
 
 scripted   the program's critique of the attempt
 shuffled   the program's critique of another problem's attempt: a control
-copy       the attempt itself, with nothing corrected: the other control
 edits      scripted, but only the tokens from the first edit on are scored, and no right attempt is
 filtered   the critique of --critic, left out if its answer is wrong
-
-Only `filtered` asks a model. For the others --critic self costs nothing.
 """
 
 import re
@@ -163,11 +160,6 @@ def write_shuffled(rollouts, critic, cfg) -> list[str | None]:
     return shuffled
 
 
-def write_copies(rollouts, critic, cfg) -> list[str | None]:
-    """The attempt itself, if it has an answer: a critique must have one, too."""
-    return [r.text if extract_answer(r.text) else None for r in rollouts]
-
-
 def write_edits(rollouts, critic, cfg) -> list[str | None]:
     """The program's critiques of the attempts that it changes."""
     critiques = write_scripted(rollouts, critic, cfg)
@@ -220,10 +212,10 @@ sd.CONTEXTS = {
     "scripted": write_scripted,
     **sd.CONTEXTS,
     "shuffled": write_shuffled,
-    "copy": write_copies,
     "edits": write_edits,
     "filtered": write_filtered,
 }
+sd.NO_CRITIC |= {"scripted", "shuffled", "edits"}
 
 if __name__ == "__main__":
     program = {"sd.py": sd, "eval.py": evaluation}[sys.argv[1]]

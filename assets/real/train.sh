@@ -16,7 +16,7 @@ train() {  # name, condition, divergence, learning rate, seed, more flags
     resume=()
     [ ! -f "$out/checkpoint.pt" ] || resume=(--resume)
     python assets/real/svamp.py sd.py --condition "$2" --kl "$3" --lr "$4" --seed "$5" --out "$out" \
-        --model "$model" --critic self --data assets/real/svamp.jsonl --prompts plain \
+        --model "$model" --data assets/real/svamp.jsonl --prompts plain \
         --temperature 1.0 --max-new-tokens 256 --test-problems 200 --attempts-per-step 8 --steps 20 \
         --closing-problems 0 "${@:6}" "${resume[@]}" "${more[@]}"
     runs+=("$out")
