@@ -577,6 +577,14 @@ def test_a_failed_critique_is_left_out_and_counted(chat, sees):
         assert r.problem.solution not in chat.decode(r.prompt + (r.teacher_prompt or []))
 
 
+def test_the_copy_control_reads_the_attempt_and_loads_no_critic(tmp_path, folder):
+    """Fails if the control is another text, if an attempt without an answer counts, or if --critic
+    must exist."""
+    rollouts = [written("s7+6=4####4"), written("s7+6=4")]
+    assert sd.copy_attempts(rollouts, None, config()) == ["s7+6=4####4", None]
+    assert run_in(tmp_path, folder, "--condition copy --steps 1 --critic /nowhere") == 0
+
+
 def test_the_local_critic_is_the_base_and_drops_what_is_cut_off(chat, monkeypatch):
     """Fails if the critic has the adapter on, half a critique is kept, or a loop has no cap."""
     chat.end_ids = list(range(0, 200, 9))  # so that replies end
