@@ -1,10 +1,11 @@
 """Where do the loss and its gradient lie: before the critique's first edit, on it, or after it?
 
-  python assets/real/copying.py MODEL PROBLEMS [flags of sd.py]
+  python assets/real/copying.py 200 --preset toy
+  python assets/real/copying.py 60 --condition scripted --model FOLDER --data assets/real/svamp.jsonl …
 
 The untrained model makes one attempt at each of so many test problems. Of the wrong attempts that
-the scripted critic corrects, every context of `CONTEXTS` gives a loss and a gradient wrt the
-student's logits at each token. The edit is that of the scripted critique, for all contexts. Shares
+the critique changes, the critique, a copy of the attempt and the reference give a loss and a
+gradient wrt the student's logits at each token. The edit is the critique's, in all three. Shares
 are of the loss, and of the sum of the gradient's norms, over all tokens.
 """
 
@@ -18,29 +19,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import svamp  # noqa: E402
 from svamp import evaluation, sd  # noqa: E402
 
-CONTEXTS = ("scripted", "copy", "reference")
 
-
-def main(model: str, count: str, *flags: str) -> None:
+def main(count: str, *flags: str) -> None:
     sd.prepare_output()
-    cfg = sd.parse_config(["--model", model, *flags])
+    cfg = sd.parse_config(list(flags))
     chat = sd.load_model(cfg.model, cfg)
+    critic = None if cfg.condition in sd.NO_CRITIC else sd.load_critic(cfg, chat)
     problems = sd.load_problems(cfg, chat).test[: int(count)]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, seed=sd.EVAL_SEED)
-    # only attempts for which every context exists: an attempt without an answer is not copied
-    critiques = svamp.write_edits(rollouts, None, cfg)
+    critiques = sd.CONTEXTS[cfg.condition](rollouts, critic, cfg)
     copies = sd.copy_attempts(rollouts, None, cfg)
+    # only attempts for which every context exists: an attempt without an answer is not copied
     edited, edits = [], []
     for r, critique, copy in zip(rollouts, critiques, copies):
-        if critique is not None and copy is not None:
-            r.context = critique
+        r.context = critique
+        if not r.reward and critique not in (None, r.text) and copy:
             edited.append(r)
             edits.append(svamp.first_edit(chat, r))
+    contexts = {
+        cfg.condition: [r.context for r in edited],
+        "copy": [r.text for r in edited],
+        "reference": [r.problem.solution for r in edited],
+    }
     places = np.array([[edit, 1, len(r.ids) - edit - 1] for r, edit in zip(edited, edits)])
     everything = places.sum(1)
     rows = [["tokens", "", "", "", *shares(places)]]
-    for name in CONTEXTS:
-        for r, context in zip(edited, sd.CONTEXTS[name](edited, None, cfg)):
+    for name, texts in contexts.items():
+        for r, context in zip(edited, texts):
             r.context = context
         for kl in ("student||teacher", "teacher||student"):
             # || would end a cell of the table
@@ -57,7 +62,9 @@ def main(model: str, count: str, *flags: str) -> None:
 def measure(chat, rollouts, edits, kl, cfg) -> tuple[np.ndarray, np.ndarray]:
     """(rollouts, 3) sums before, on and after the edit: of the losses, of the gradient's norms."""
     losses, norms = [], []
-    for r, edit in zip(sd.add_teacher_prompts(chat, rollouts, cfg), edits, strict=True):
+    # svamp's own add_teacher_prompts would shorten the rollouts of `edits`
+    scored = svamp.add_all_teacher_prompts(chat, rollouts, cfg)
+    for r, edit in zip(scored, edits, strict=True):
         h_student, h_teacher, ids, advantage = sd.forward(chat, [r])
         log_p = sd.log_probs(h_student, chat.head, cfg.temperature)
         log_q = sd.log_probs(h_teacher, chat.head, cfg.temperature)
