@@ -1,15 +1,22 @@
-"""Where do the loss and its gradient lie: before the critique's first edit, on it, or after it?
+"""What is in the gradient of the untrained model: the correction, or mere copying?
 
-  python assets/real/copying.py 200 --preset toy
-  python assets/real/copying.py 60 --condition scripted --model FOLDER --data assets/real/svamp.jsonl …
+  python assets/real/copying.py places 200 --preset toy
+  python assets/real/copying.py agreement 64 --preset toy
+  python assets/real/copying.py places 60 --condition scripted --model FOLDER …
 
-The untrained model makes one attempt at each of so many test problems. Of the wrong attempts that
-the critique changes, the critique, a copy of the attempt and the reference give a loss and a
-gradient wrt the student's logits at each token. The edit is the critique's, in all three. Shares
-are of the loss, and of the sum of the gradient's norms, over all tokens.
+places     Where do the loss and its gradient lie: before the critique's first edit, on it, or after
+           it? For the wrong attempts that the critique changes, and the loss of three contexts: the
+           critique, a copy of the attempt, the reference. The edit is the critique's, in all three.
+           Shares are of the loss, and of the sum of its gradients' norms wrt the student's logits.
+agreement  The cosine between the adapters' gradients of two halves of the attempts: 1 if both say
+           the same, 0 if there is nothing but noise. And the cosine with the copy's gradient of the
+           same attempts: 1 if the correction changes nothing.
+
+One attempt at each of so many test problems.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +26,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import svamp  # noqa: E402
 from svamp import evaluation, sd  # noqa: E402
 
+DIVERGENCES = ("student||teacher", "teacher||student")
 
-def main(count: str, *flags: str) -> None:
+
+def main(table: str, count: str, *flags: str) -> None:
     sd.prepare_output()
     cfg = sd.parse_config(list(flags))
     chat = sd.load_model(cfg.model, cfg)
     critic = None if cfg.condition in sd.NO_CRITIC else sd.load_critic(cfg, chat)
     problems = sd.load_problems(cfg, chat).test[: int(count)]
     rollouts = sd.attempt(chat, list(enumerate(problems)), cfg, seed=sd.EVAL_SEED)
-    critiques = sd.CONTEXTS[cfg.condition](rollouts, critic, cfg)
-    copies = sd.copy_attempts(rollouts, None, cfg)
-    # only attempts for which every context exists: an attempt without an answer is not copied
-    edited, edits = [], []
-    for r, critique, copy in zip(rollouts, critiques, copies):
-        r.context = critique
-        if not r.reward and critique not in (None, r.text) and copy:
-            edited.append(r)
-            edits.append(svamp.first_edit(chat, r))
     contexts = {
-        cfg.condition: [r.context for r in edited],
-        "copy": [r.text for r in edited],
-        "reference": [r.problem.solution for r in edited],
+        cfg.condition: sd.CONTEXTS[cfg.condition](rollouts, critic, cfg),
+        "copy": sd.copy_attempts(rollouts, None, cfg),
+        "reference": sd.copy_solutions(rollouts, None, cfg),
     }
-    places = np.array([[edit, 1, len(r.ids) - edit - 1] for r, edit in zip(edited, edits)])
-    everything = places.sum(1)
-    rows = [["tokens", "", "", "", *shares(places)]]
-    for name, texts in contexts.items():
-        for r, context in zip(edited, texts):
-            r.context = context
-        for kl in ("student||teacher", "teacher||student"):
-            # || would end a cell of the table
-            named = [name, kl.replace("||", "‖")]
-            for what, sums in zip(("loss", "gradient"), measure(chat, edited, edits, kl, cfg)):
-                mean = evaluation.bracketed(evaluation.estimate(sums.sum(1), everything), 1, ".3f")
-                rows.append([*named, what, mean, *shares(sums)])
-    print(f"{len(edited)} wrong attempts with all contexts, of {len(rollouts)} attempts\n")
+    # only attempts for which every context exists: one without an answer is not copied
+    kept = [i for i in range(len(rollouts)) if all(texts[i] for texts in contexts.values())]
+    readers = {
+        name: [replace(rollouts[i], context=texts[i]) for i in kept]
+        for name, texts in contexts.items()
+    }
+    print({"places": places, "agreement": agreement}[table](chat, readers, cfg))
+
+
+# ---- Places. -------------------------------------------------------------------------------------
+
+
+def places(chat, readers, cfg) -> str:
+    wrong = []
+    for i, r in enumerate(readers[cfg.condition]):
+        if not r.reward and r.context != r.text:
+            wrong.append(i)
+    edits = [svamp.first_edit(chat, readers[cfg.condition][i]) for i in wrong]
+    lengths = [len(readers[cfg.condition][i].ids) for i in wrong]
+    tokens = np.array([[edit, 1, n - edit - 1] for edit, n in zip(edits, lengths)])
+    rows = [["tokens", "", "", "", *shares(tokens)]]
+    for name, rollouts in readers.items():
+        for kl in DIVERGENCES:
+            both = measure(chat, [rollouts[i] for i in wrong], edits, kl, cfg)
+            for what, sums in zip(("loss", "gradient"), both):
+                mean = evaluation.estimate(sums.sum(1), tokens.sum(1))
+                # || would end a cell of the table
+                named = [name, kl.replace("||", "‖"), what, evaluation.bracketed(mean, 1, ".3f")]
+                rows.append([*named, *shares(sums)])
     head = ["context", "divergence", "of", "a token", "before the edit", "on it", "after it"]
-    print(evaluation.markdown(head, rows))
+    return f"{len(wrong)} wrong attempts\n\n{evaluation.markdown(head, rows)}"
 
 
 @torch.no_grad()
@@ -79,6 +95,36 @@ def shares(sums: np.ndarray) -> list[str]:
     """(rollouts, 3) → the share of each place, with a bootstrap interval over problems."""
     whole = sums.sum(1)
     return [evaluation.bracketed(evaluation.estimate(part, whole), unit=" %") for part in sums.T]
+
+
+# ---- Agreement. ----------------------------------------------------------------------------------
+
+
+def agreement(chat, readers, cfg) -> str:
+    sd.add_adapters(chat.model, cfg)
+    rows = []
+    for kl in DIVERGENCES:
+        whole = {}
+        for name, rollouts in readers.items():
+            scored = svamp.add_all_teacher_prompts(chat, rollouts, cfg)
+            # two halves of the same size, and their sum
+            first, second = (gradient(chat, scored[half::2], kl, cfg) for half in (0, 1))
+            whole[name] = first + second
+            cosine = torch.cosine_similarity(first, second, 0).item()
+            rows.append([name, kl.replace("||", "‖"), f"{cosine:.2f}"])
+        for row, name in zip(rows[-len(readers) :], readers):
+            row.append(f"{torch.cosine_similarity(whole[name], whole['copy'], 0).item():.2f}")
+    head = ["context", "divergence", "cosine of two halves", "cosine with the copy"]
+    return f"{len(rollouts)} attempts, in two halves\n\n{evaluation.markdown(head, rows)}"
+
+
+def gradient(chat, rollouts, kl, cfg) -> torch.Tensor:
+    """The gradient of the sum over tokens, wrt all adapters."""
+    weights = sd.adapters(chat.model).values()
+    no_step = torch.optim.SGD(weights, lr=0.0)
+    sd.update(chat, no_step, rollouts, replace(cfg, kl=kl, condition="copy", max_grad_norm=0.0))
+    tokens = sum(len(r.ids) for r in rollouts)
+    return tokens * torch.cat([p.grad.flatten() for p in weights])
 
 
 if __name__ == "__main__":
