@@ -1970,6 +1970,40 @@ def test_filtered_keeps_the_critiques_that_reach_the_answer(svamp):
     assert critiques == [replies[0], None, None]
 
 
+def test_copying_accounts_for_the_whole_gradient(svamp, monkeypatch, capsys):
+    """Fails if a token is in no place, or in two, or if a copy is not compared with itself."""
+    copying = load_script("assets/real/copying.py", monkeypatch)
+    copying.main("places", "10", "--preset", "toy")
+    rows = re.findall(r"\| (?:tokens|loss|gradient) .*", capsys.readouterr().out)
+    assert len(rows) == 1 + 3 * 2 * 2
+    for row in rows:
+        shares = re.findall(r"([\d.]+) %", row)
+        assert sum(map(float, shares)) == pytest.approx(100, abs=0.2)
+    copying.main("agreement", "10", "--preset", "toy")
+    cells = [row.split(" | ")[-1] for row in re.findall(r".*‖.*", capsys.readouterr().out)]
+    assert cells[1::3] == ["1.00 |"] * 2 and set(cells[::3] + cells[2::3]).isdisjoint(cells[1::3])
+
+
+def test_a_worked_solution_is_the_first_right_attempt(folder, tmp_path, monkeypatch):
+    """Fails if a wrong attempt is kept, a right one is tried again, or a row's solution is lost."""
+    worked = load_script("assets/real/worked.py", monkeypatch)
+    rows = [{"problem": name, "solution": "equation", "answer": "1"} for name in "012"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tried = []
+
+    def attempt(chat, problems, cfg, seed):
+        tried.append([i for i, _ in problems])
+        # problem 0 is right at once, problem 1 in its third attempt, problem 2 never
+        return [written(ids=[70 + seed], reward=float(seed == (0, 2, 9)[i])) for i, _ in problems]
+
+    monkeypatch.setattr(sd, "attempt", attempt)
+    worked.main(str(folder), str(tmp_path / "rows.jsonl"), str(tmp_path / "out.jsonl"))
+    assert tried == [[0, 1, 2], [1, 2], [1, 2], [2]]
+    made = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert made[0]["solution"] != made[1]["solution"] != made[2]["solution"] == "equation"
+    assert [row["source"][-9:] for row in made] == ["attempt 1", "attempt 3", "data set"]
+
+
 @pytest.fixture
 def critic_study(monkeypatch):
     """The study, reduced to four kinds of error."""
