@@ -728,8 +728,9 @@ def policy_gradient(log_p, log_q, ids, advantage):
 # default is eq (4), which has the order of arguments of eq (1). They differ where the teacher only
 # copies: a critique holds the attempt, so the teacher expects the very token y that was drawn,
 # q ≈ (1 − ε) 1[y] + ε p. Averaged over y ~ p this q is p, and the gradient of eq (5) is 0: copying
-# has no effect, only corrections have one. Under eq (4) a token that was not drawn has
-# log p − log q ≈ −log ε, however well it is predicted; on average this lowers the entropy of p.
+# leaves noise, on which AdamW takes full steps all the same. Under eq (4) a token that was not
+# drawn has log p − log q ≈ −log ε, however well it is predicted; on average this lowers the entropy
+# of p. Neither effect is due to a correction, so compare a critique with --condition copy.
 DIVERGENCES = {
     "student||teacher": kl_student_teacher,
     "teacher||student": kl_teacher_student,
