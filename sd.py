@@ -55,6 +55,7 @@ runs and draws figures.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -883,6 +884,8 @@ def start_processes() -> None:
             backend = "cpu:gloo,cuda:nccl"
         # a process may have to wait for another one's whole rollout
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+        # a process that ends with gloo's threads alive may abort after its last line
+        atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
