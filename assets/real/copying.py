@@ -54,41 +54,42 @@ def main(table: str, count: str, *flags: str) -> None:
 
 
 def places(chat, readers, cfg) -> str:
-    wrong = []
-    for i, r in enumerate(readers[cfg.condition]):
-        if not r.reward and r.context != r.text:
-            wrong.append(i)
-    edits = [svamp.first_edit(chat, readers[cfg.condition][i]) for i in wrong]
-    lengths = [len(readers[cfg.condition][i].ids) for i in wrong]
+    critiqued = readers[cfg.condition]
+    wrong = [i for i, r in enumerate(critiqued) if not r.reward and r.context != r.text]
+    edits = [svamp.first_edit(chat, critiqued[i]) for i in wrong]
+    lengths = [len(critiqued[i].ids) for i in wrong]
     tokens = np.array([[edit, 1, n - edit - 1] for edit, n in zip(edits, lengths)])
     rows = [["tokens", "", "", "", *shares(tokens)]]
     for name, rollouts in readers.items():
-        for kl in DIVERGENCES:
-            both = measure(chat, [rollouts[i] for i in wrong], edits, kl, cfg)
-            for what, sums in zip(("loss", "gradient"), both):
-                mean = evaluation.estimate(sums.sum(1), tokens.sum(1))
-                # || would end a cell of the table
-                named = [name, kl.replace("||", "‖"), what, evaluation.bracketed(mean, 1, ".3f")]
-                rows.append([*named, *shares(sums)])
+        measured = measure(chat, [rollouts[i] for i in wrong], edits, cfg)
+        for (kl, what), sums in measured.items():
+            mean = evaluation.estimate(sums.sum(1), tokens.sum(1))
+            # || would end a cell of the table
+            named = [name, kl.replace("||", "‖"), what, evaluation.bracketed(mean, 1, ".3f")]
+            rows.append([*named, *shares(sums)])
     head = ["context", "divergence", "of", "a token", "before the edit", "on it", "after it"]
     return f"{len(wrong)} wrong attempts\n\n{evaluation.markdown(head, rows)}"
 
 
 @torch.no_grad()
-def measure(chat, rollouts, edits, kl, cfg) -> tuple[np.ndarray, np.ndarray]:
-    """(rollouts, 3) sums before, on and after the edit: of the losses, of the gradient's norms."""
-    losses, norms = [], []
+def measure(chat, rollouts, edits, cfg) -> dict[tuple[str, str], np.ndarray]:
+    """{(divergence, loss or gradient): (rollouts, 3) sums before, on and after the edit}.
+
+    Of the gradient it is the sum of the norms.
+    """
+    sums = {(kl, what): [] for kl in DIVERGENCES for what in ("loss", "gradient")}
     # svamp's own add_teacher_prompts would shorten the rollouts of `edits`
     scored = svamp.add_all_teacher_prompts(chat, rollouts, cfg)
     for r, edit in zip(scored, edits, strict=True):
         h_student, h_teacher, ids, advantage = sd.forward(chat, [r])
         log_p = sd.log_probs(h_student, chat.head, cfg.temperature)
         log_q = sd.log_probs(h_teacher, chat.head, cfg.temperature)
-        loss, gradient = sd.DIVERGENCES[kl](log_p, log_q, ids, advantage)
-        for sums, values in ((losses, loss), (norms, gradient.norm(dim=-1))):
-            parts = values.split([edit, 1, len(ids) - edit - 1])
-            sums.append([part.sum().item() for part in parts])
-    return np.array(losses), np.array(norms)
+        for kl in DIVERGENCES:
+            loss, gradient = sd.DIVERGENCES[kl](log_p, log_q, ids, advantage)
+            for what, values in (("loss", loss), ("gradient", gradient.norm(dim=-1))):
+                parts = values.split([edit, 1, len(ids) - edit - 1])
+                sums[kl, what].append([part.sum().item() for part in parts])
+    return {key: np.array(rows) for key, rows in sums.items()}
 
 
 def shares(sums: np.ndarray) -> list[str]:
@@ -102,20 +103,22 @@ def shares(sums: np.ndarray) -> list[str]:
 
 def agreement(chat, readers, cfg) -> str:
     sd.add_adapters(chat.model, cfg)
+    scored = {}
+    for name, rollouts in readers.items():
+        scored[name] = svamp.add_all_teacher_prompts(chat, rollouts, cfg)
     rows = []
     for kl in DIVERGENCES:
         whole = {}
-        for name, rollouts in readers.items():
-            scored = svamp.add_all_teacher_prompts(chat, rollouts, cfg)
+        for name, rollouts in scored.items():
             # two halves of the same size, and their sum
-            first, second = (gradient(chat, scored[half::2], kl, cfg) for half in (0, 1))
+            first, second = (gradient(chat, rollouts[half::2], kl, cfg) for half in (0, 1))
             whole[name] = first + second
             cosine = torch.cosine_similarity(first, second, 0).item()
             rows.append([name, kl.replace("||", "‖"), f"{cosine:.2f}"])
         for row, name in zip(rows[-len(readers) :], readers):
             row.append(f"{torch.cosine_similarity(whole[name], whole['copy'], 0).item():.2f}")
     head = ["context", "divergence", "cosine of two halves", "cosine with the copy"]
-    return f"{len(rollouts)} attempts, in two halves\n\n{evaluation.markdown(head, rows)}"
+    return f"{len(scored['copy'])} attempts, in two halves\n\n{evaluation.markdown(head, rows)}"
 
 
 def gradient(chat, rollouts, kl, cfg) -> torch.Tensor:

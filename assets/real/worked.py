@@ -1,4 +1,4 @@
-"""Write a worked solution in words for every row of a problem file, by sampling a model until it is right.
+"""Write a worked solution in words for every problem of a file: sample a model until it is right.
 
   python assets/real/worked.py MODEL PROBLEMS.jsonl OUT.jsonl
 
