@@ -1971,14 +1971,18 @@ def test_filtered_keeps_the_critiques_that_reach_the_answer(svamp):
 
 
 def test_copying_accounts_for_the_whole_gradient(svamp, monkeypatch, capsys):
-    """Fails if a token is in no place, or in two, or if a copy is not compared with itself."""
+    """Fails if a token is in no place or in another's, or a copy is not compared with itself."""
     copying = load_script("assets/real/copying.py", monkeypatch)
     copying.main("places", "10", "--preset", "toy")
     rows = re.findall(r"\| (?:tokens|loss|gradient) .*", capsys.readouterr().out)
     assert len(rows) == 1 + 3 * 2 * 2
+    on_edit = []
     for row in rows:
-        shares = re.findall(r"([\d.]+) %", row)
-        assert sum(map(float, shares)) == pytest.approx(100, abs=0.2)
+        before, on, after = map(float, re.findall(r"([\d.]+) %", row))
+        assert before + on + after == pytest.approx(100, abs=0.2)
+        on_edit.append(on)
+    # of the tokens, and of the critique's gradient under eq (4)
+    assert on_edit[0] < 5 < 15 < on_edit[2]
     copying.main("agreement", "10", "--preset", "toy")
     cells = [row.split(" | ")[-1] for row in re.findall(r".*‖.*", capsys.readouterr().out)]
     assert cells[1::3] == ["1.00 |"] * 2 and set(cells[::3] + cells[2::3]).isdisjoint(cells[1::3])
